@@ -1,0 +1,7 @@
+"""`python -m pushup`"""
+
+import sys
+
+from pushup.cli import main
+
+sys.exit(main())

@@ -1,0 +1,54 @@
+"""The admin listener: is the node alive, is it ready, what has it counted."""
+
+from collections.abc import Callable
+
+import msgspec
+from aiohttp import web
+
+from pushup import __version__
+from pushup.metrics import CONTENT_TYPE, Metrics
+from pushup.node import Node
+
+INDEX = """\
+PushUp {version}, admin listener
+
+/health/live    200 while the process turns
+/health/ready   200 while it is ready for polls, 503 while it is not
+/metrics        Prometheus metrics
+"""
+
+
+def make_admin_app(node: Node, metrics: Metrics, connections: Callable[[], int]) -> web.Application:
+    """The application behind the admin listener. `connections` counts the open client connections."""
+
+    async def index(request: web.Request) -> web.Response:
+        return web.Response(text=INDEX.format(version=__version__))
+
+    async def live(request: web.Request) -> web.Response:
+        return _health(True, "the event loop turns")
+
+    async def ready(request: web.Request) -> web.Response:
+        return _health(node.ready, "draining" if node.draining else "ready" if node.ready else "starting")
+
+    async def metrics_text(request: web.Request) -> web.Response:
+        metrics.parked = node.parked
+        metrics.channels = node.watched
+        metrics.connections = connections()
+        metrics.ready = node.ready
+        return web.Response(body=metrics.exposition(), headers={"Content-Type": CONTENT_TYPE})
+
+    app = web.Application()
+    app.router.add_get("/", index)
+    app.router.add_get("/health/live", live)
+    app.router.add_get("/health/ready", ready)
+    app.router.add_get("/metrics", metrics_text)
+    return app
+
+
+def _health(good: bool, output: str) -> web.Response:
+    return web.Response(
+        body=msgspec.json.encode({"status": "pass" if good else "fail", "output": output}),
+        status=200 if good else 503,
+        content_type="application/json",
+        headers={"Cache-Control": "no-store"},
+    )

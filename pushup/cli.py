@@ -1,0 +1,133 @@
+"""The command `pushup`."""
+
+import argparse
+import asyncio
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from pushup import __version__
+from pushup.errors import PushUpError, SettingsError
+from pushup.logs import configure
+from pushup.server import Server, serve
+from pushup.settings import ENV_PREFIX, FIELDS, Loaded, Settings, load, parse_address, show
+
+EXIT_WRONG_SETTING: Final = 2
+
+GROUPS: Final = {
+    "where": ("listen", "admin_listen", "broker", "insecure", "demo"),
+    "polls": ("poll_timeout", "poll_timeout_max", "poll_jitter", "poll_channels_max", "answer_bytes_max"),
+    "publications": ("message_bytes_max", "publish_channels_max", "publish_batch_max", "idempotency_window"),
+    "channels": ("channel_ttl", "channel_window", "channel_max_messages", "channel_implicit"),
+    "this node": (
+        "backlog_messages",
+        "linger",
+        "body_bytes_max",
+        "request_timeout",
+        "keepalive_timeout",
+        "broker_timeout",
+        "drain_window",
+    ),
+    "logs": ("log_level", "log_format"),
+}
+
+EPILOG: Final = f"""\
+Every setting can be given as a flag (--poll-timeout 30), as an environment variable ({ENV_PREFIX}POLL_TIMEOUT=30),
+or in a TOML file (poll_timeout = 30); flags win over the environment, the environment over the file. The file is
+named by --config or {ENV_PREFIX}CONFIG. Durations are seconds, sizes bytes. `pushup config` with the same flags prints
+the values in force and where each comes from.
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line; its flags are made from the settings."""
+    parser = argparse.ArgumentParser(prog="pushup", description="A long-polling push server.")
+    parser.add_argument("--version", action="version", version=f"pushup {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command, help, description in (
+        (
+            "serve",
+            "run a node",
+            "Run a node until SIGTERM (polls are answered over --drain-window) or Ctrl-C (at once).",
+        ),
+        ("config", "print the settings in force and their origins", "Print the settings in force, with their origins."),
+    ):
+        sub = commands.add_parser(
+            command,
+            help=help,
+            description=description,
+            epilog=EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        sub.add_argument("--config", metavar="FILE", help="a TOML file with settings")
+        _add_settings(sub)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    for title, names in GROUPS.items():
+        group = parser.add_argument_group(title)
+        for name in names:
+            field = FIELDS[name]
+            help = f"{field.description} [{show(name, field.default)}]".replace("%", "%%")
+            if isinstance(field.default, bool):
+                group.add_argument(field.flag, dest=name, nargs="?", const="true", metavar="BOOL", help=help)
+            else:
+                metavar = "|".join(field.choices) or type(field.default).__name__.upper().replace("STR", "TEXT")
+                group.add_argument(field.flag, dest=name, metavar=metavar, help=help)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; its exit status."""
+    parsed = vars(make_parser().parse_args(arguments))
+    flags = {name: parsed[name] for name in FIELDS if parsed[name] is not None}
+    file = parsed["config"] or os.environ.get(f"{ENV_PREFIX}CONFIG")
+    try:
+        loaded = load(flags, os.environ, Path(file) if file else None)
+        if parsed["command"] == "config":
+            print_settings(loaded)
+        else:
+            configure(loaded.settings.log_level, loaded.settings.log_format)
+            _run(loaded.settings)
+    except SettingsError as error:
+        print(f"pushup: {error}", file=sys.stderr)
+        return EXIT_WRONG_SETTING
+    except PushUpError as error:
+        print(f"pushup: {error}", file=sys.stderr)
+        return 1
+    except (asyncio.CancelledError, KeyboardInterrupt):
+        return 1
+    return 0
+
+
+def _run(settings: Settings) -> None:
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve(settings, announce))
+
+
+def announce(server: Server) -> None:
+    """Say where it listens, on which broker, and who may use it."""
+    settings = server.settings
+    url = f"http://{server.address}"
+    beyond = "" if parse_address(settings.listen).loopback else ", from anywhere"
+    lines = [
+        f"PushUp {__version__}",
+        f"  polls and publications  {url}" + ("  (demo: open it in a browser)" if settings.demo else ""),
+        f"  health and metrics      http://{server.admin_address}",
+        f"  broker                  {server.node.broker.name}",
+        f"  access                  open: whoever reaches the port may publish and poll{beyond}",
+    ]
+    print("\n".join(lines), flush=True)
+
+
+def print_settings(loaded: Loaded) -> None:
+    """One line per setting: name, value, origin."""
+    rows = [(name, show(name, getattr(loaded.settings, name)), loaded.origins[name]) for name in FIELDS]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    for name, value, origin in rows:
+        print(f"{name:{widths[0]}}  {value:{widths[1]}}  {origin}")

@@ -1,0 +1,128 @@
+"""Every error PushUp raises on purpose, each with the HTTP status and the stable code it is answered with.
+
+The answer's form is RFC 9457 problem details: `title` and `status` follow from the status, `code` is what programs
+compare, `detail` is the sentence for a person, and further members (`channel`, `parameter`, …) say where.
+"""
+
+from http import HTTPStatus
+from typing import Any, ClassVar
+
+import msgspec
+
+PROBLEM_TYPE = "application/problem+json"
+
+
+class PushUpError(Exception):
+    """Base of the tree. `members` become members of the problem document."""
+
+    status: ClassVar[int] = 500
+    code: ClassVar[str] = "internal_error"
+
+    def __init__(self, detail: str, **members: Any) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.members = members
+
+    @property
+    def title(self) -> str:
+        """The status in words."""
+        return HTTPStatus(self.status).phrase
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Further headers of the answer."""
+        return {"Retry-After": str(self.members["retry_after"])} if "retry_after" in self.members else {}
+
+    def problem(self) -> dict[str, Any]:
+        """The problem document as a JSON-ready dict."""
+        return {
+            "type": "about:blank",
+            "title": self.title,
+            "status": self.status,
+            "code": self.code,
+            "detail": self.detail,
+            **self.members,
+        }
+
+    def body(self) -> bytes:
+        """The problem document, encoded."""
+        return msgspec.json.encode(self.problem())
+
+
+class SettingsError(PushUpError):
+    """A setting is unknown or has a wrong value; the sentence names the setting. Never reaches HTTP."""
+
+    code = "invalid_setting"
+
+
+class InvalidRequest(PushUpError):
+    """The request as a whole makes no sense: bad HTTP, bad JSON."""
+
+    status = 400
+    code = "invalid_request"
+
+
+class InvalidParameter(InvalidRequest):
+    """One named parameter or field is unknown or out of range."""
+
+    code = "invalid_parameter"
+
+    def __init__(self, parameter: str, detail: str) -> None:
+        super().__init__(detail, parameter=parameter)
+
+
+class NotFound(PushUpError):
+    """No such path."""
+
+    status = 404
+    code = "not_found"
+
+
+class ChannelNotFound(NotFound):
+    """The channel does not exist and does not come into being by being used."""
+
+    code = "channel_not_found"
+
+    def __init__(self, channel: str | int) -> None:
+        super().__init__(f"channel {channel} does not exist", channel=channel)
+
+
+class MethodNotAllowed(PushUpError):
+    """The path exists, the method does not."""
+
+    status = 405
+    code = "method_not_allowed"
+
+
+class ChannelExists(PushUpError):
+    """Creating a channel whose name is taken."""
+
+    status = 409
+    code = "channel_exists"
+
+    def __init__(self, channel: str | int) -> None:
+        super().__init__(f"channel {channel} exists already", channel=channel)
+
+
+class TooLarge(PushUpError):
+    """A body or a message is over its limit."""
+
+    status = 413
+    code = "too_large"
+
+
+class KeyReused(PushUpError):
+    """An idempotency key came back with a different publication."""
+
+    status = 422
+    code = "idempotency_key_reused"
+
+
+class Unavailable(PushUpError):
+    """The broker did not answer in time, or the node is going away; try again."""
+
+    status = 503
+    code = "unavailable"
+
+    def __init__(self, detail: str, retry_after: int = 1) -> None:
+        super().__init__(detail, retry_after=retry_after)

@@ -1,0 +1,130 @@
+"""The head of an HTTP/1 request, read just far enough to decide which way it goes.
+
+A request that is plain HTTP and a poll stays on the express lane. Another one whose length is certain is lent to the
+web side and the connection comes back. Everything else (malformed, chunked, upgrades, strange versions) is the web
+side's for good, which answers or refuses it by its own parser: two parsers never have to agree on where a body ends.
+"""
+
+from enum import Enum
+from typing import Final
+
+import httptools
+
+HEAD_BYTES_MAX: Final = 8190
+"""A longer head is the web side's. Its limits are per line, so no line that is too long can pass here."""
+
+HEADERS_MAX: Final = 128
+
+# What RFC 9110 allows once. The web side refuses a second one, whatever the method.
+_SINGLETONS: Final = frozenset(
+    (
+        b"content-length",
+        b"content-location",
+        b"content-range",
+        b"content-type",
+        b"etag",
+        b"host",
+        b"max-forwards",
+        b"server",
+        b"transfer-encoding",
+        b"user-agent",
+    )
+)
+# Any of these needs more than the lane does.
+_UNUSUAL: Final = frozenset((b"transfer-encoding", b"sec-websocket-key1"))
+_UNUSUAL_FOR_POLL: Final = frozenset((b"content-encoding", b"expect"))
+
+
+class Way(Enum):
+    """Where a request goes."""
+
+    POLL = "poll"
+    LEND = "lend"
+    HAND_OVER = "hand over"
+
+
+class Head:
+    """A parsed head. `query` is None unless the way is POLL; `length` is the body's, in bytes."""
+
+    __slots__ = ("complete", "headers", "http10", "keep_alive", "length", "method", "query", "target", "way")
+
+    def __init__(self) -> None:
+        self.headers: list[tuple[bytes, bytes]] = []
+        self.complete = False
+        self.target = b""
+        self.method = b""
+        self.query: str | None = None
+        self.length = 0
+        self.keep_alive = False
+        self.http10 = False
+        self.way = Way.HAND_OVER
+
+    # httptools calls these.
+
+    def on_url(self, url: bytes) -> None:
+        self.target += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        self.complete = True
+
+
+def is_malformed(data: bytes) -> bool:
+    """Whether the beginning of a head is already wrong, so that waiting for the rest is pointless. O(n)."""
+    parser = httptools.HttpRequestParser(Head())
+    try:
+        parser.feed_data(data)
+    except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+        return True
+    return False
+
+
+def parse_head(data: bytes) -> Head:
+    """Parse a whole head, from its first byte to the blank line inclusive. Never raises; O(n)."""
+    head = Head()
+    parser = httptools.HttpRequestParser(head)
+    try:
+        parser.feed_data(data)
+    except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+        return head
+    if not head.complete:
+        return head
+    version = parser.get_http_version()
+    headers = dict(head.headers)
+    if version == "1.0":
+        head.http10 = True
+    elif version != "1.1" or b"host" not in headers:
+        return head
+    if len(headers) != len(head.headers) and _repeats_a_singleton(head.headers):
+        return head
+    if not _UNUSUAL.isdisjoint(headers) or len(head.headers) > HEADERS_MAX:
+        return head
+    head.keep_alive = parser.should_keep_alive()
+    head.method = parser.get_method()
+    if head.method == b"CONNECT":
+        return head
+    head.length = int(headers.get(b"content-length", 0))
+    head.way = Way.LEND
+    target = head.target
+    if (
+        target.startswith(b"/poll")
+        and (target[5:6] == b"?" or len(target) == 5)
+        and b"#" not in target
+        and target.isascii()
+    ):
+        wants_body = head.method == b"POST"
+        if (
+            (wants_body or head.method in (b"GET", b"HEAD"))
+            and (wants_body or not head.length)
+            and _UNUSUAL_FOR_POLL.isdisjoint(headers)
+        ):
+            head.query = target[6:].decode("ascii")
+            head.way = Way.POLL
+    return head
+
+
+def _repeats_a_singleton(headers: list[tuple[bytes, bytes]]) -> bool:
+    names = [name for name, _ in headers if name in _SINGLETONS]
+    return len(names) != len(set(names))

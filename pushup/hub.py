@@ -1,0 +1,430 @@
+"""Who waits for what: the sans-I/O core of a node.
+
+The hub parks subscriptions and says who is to be told what. It never reads, writes, sleeps or looks at a clock: `now`
+is seconds on any steady clock, ids are the broker's. Every method that may end polls returns `Replies`; the caller
+delivers them. What the hub does not know it puts into `wanted`; the caller asks the broker and comes back with `learn`.
+
+Three rules keep the promise:
+
+* A subscription is registered before its channels are read, so nothing falls between the two.
+* It is answered only while *all* its channels are known up to date (`Channel.known`): a cursor that moves on past one
+  channel's news must not pass another's that is still on its way.
+* Answering deletes nothing. The cursor of the next poll is the acknowledgement.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from itertools import chain, islice
+from typing import Final, Protocol
+
+from sortedcontainers import SortedDict
+
+from pushup.backlog import Backlog
+from pushup.errors import PushUpError
+from pushup.messages import LATEST, MAX_ID, Answer, History, Message, Poll
+
+TICKS_PER_SECOND: Final = 16
+"""Deadlines are rounded up to this grain, so that those of one tick are one entry of the sorted index."""
+
+DEFAULT_ANSWER_BYTES: Final = 1024 * 1024
+DEFAULT_BACKLOG: Final = 1000
+DEFAULT_LINGER_S: Final = 60.0
+
+
+class Owner(Protocol):
+    """Where a subscription's one answer goes. Exactly one of the two is called, once, unless the owner left before."""
+
+    def answer(self, answer: Answer) -> None: ...
+
+    def fail(self, error: PushUpError) -> None: ...
+
+
+class Subscription:
+    """One poll that waits here. `unknown` counts its channels that are not known up to date; it stays silent till 0."""
+
+    __slots__ = ("channels", "end", "owner", "start", "tick", "timeout", "unknown")
+
+    def __init__(self, channels: tuple["Channel", ...], poll: Poll, start: int, owner: Owner) -> None:
+        self.channels = channels
+        self.start = start
+        self.end = poll.end
+        self.timeout = poll.timeout
+        self.owner = owner
+        self.unknown = 0
+        self.tick = 0
+
+    @property
+    def deadline(self) -> float:
+        """When it ends, on the hub's clock."""
+        return self.tick / TICKS_PER_SECOND
+
+
+class Channel:
+    """What this node knows of one channel, and who waits for it here."""
+
+    __slots__ = ("backlog", "early", "known", "max_messages", "name", "parked", "unsure", "window")
+
+    def __init__(self, name: str, floor: int) -> None:
+        self.name = name
+        self.parked: set[Subscription] = set()
+        self.unsure: set[Subscription] = set()
+        """Those of `parked` that wait for `learn`."""
+        self.backlog = Backlog(floor, whole=False)
+        self.known = False
+        """Whether the backlog holds every message the channel had since `backlog.floor`."""
+        self.early: list[tuple[Message, int]] = []
+        """(message, prev) pairs that came while the channel was being read."""
+        self.window = 0.0
+        self.max_messages = 0
+
+
+Replies = Sequence[tuple[Answer, Sequence[Subscription]]]
+"""Answers, each with the subscriptions that get it. Those are no longer parked."""
+
+
+class Hub:
+    """The subscriptions of one realm on one node.
+
+    `answer_bytes` bounds the messages of one answer (the first always fits), `backlog` the messages kept per channel,
+    `linger` the seconds a channel is kept after its last poll.
+    """
+
+    def __init__(
+        self,
+        *,
+        answer_bytes: int = DEFAULT_ANSWER_BYTES,
+        backlog: int = DEFAULT_BACKLOG,
+        linger: float = DEFAULT_LINGER_S,
+    ) -> None:
+        self._answer_bytes = answer_bytes
+        self._backlog = backlog
+        self._linger = linger
+        self._channels: dict[str, Channel] = {}
+        self._ticks: SortedDict[int, set[Subscription]] = SortedDict()
+        self._idle: dict[Channel, float] = {}
+        """Channels nobody waits for, the longest idle first, with the time they became so."""
+        self.position = 0
+        """Every message of a known channel with a smaller id has been delivered; later ones have at least this id."""
+        self.parked = 0
+        self.wanted: dict[str, int] = {}
+        """Channels that somebody must read from the broker, each with the id to read from. The caller empties it."""
+
+    def __len__(self) -> int:
+        """How many channels are kept."""
+        return len(self._channels)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._channels
+
+    def advance(self, position: int) -> None:
+        """The broker says: every message below `position` has been delivered here, and every later one is above."""
+        if position > self.position:
+            self.position = position
+
+    # Subscribing
+
+    def subscribe(self, poll: Poll, owner: Owner, now: float) -> Answer | Subscription:
+        """Answer the poll at once, or park it until one of the other methods replies to it.
+
+        O(log n) for its deadline, O(1) per channel.
+        """
+        start = self.position if poll.start == LATEST else poll.start
+        names = poll.channels
+        if len(names) == 1:
+            channels: tuple[Channel, ...] = (self._channels.get(names[0]) or self._open(names[0]),)
+        else:
+            channels = tuple([self._channels.get(name) or self._open(name) for name in names])
+        subscription = Subscription(channels, poll, start, owner)
+        subscription.tick = self._tick(subscription, now)
+        for channel in channels:
+            backlog = channel.backlog
+            # Backlog.covers, written out: this loop is the hottest of the node.
+            if not (channel.known and (backlog.whole or start >= backlog.floor)):
+                self._want(channel, start)
+                channel.unsure.add(subscription)
+                subscription.unknown += 1
+        if not subscription.unknown:
+            answer = self._answer_now(subscription)
+            if answer is not None:
+                for channel in channels:
+                    if not channel.parked:
+                        self._idle.pop(channel, None)
+                        self._idle[channel] = now
+                return answer
+            self._await_deadline(subscription)
+        for channel in channels:
+            if not channel.parked:
+                self._idle.pop(channel, None)
+            channel.parked.add(subscription)
+        self.parked += 1
+        return subscription
+
+    def leave(self, subscription: Subscription, now: float) -> bool:
+        """The client has gone. False, and nothing done, if the subscription was answered before. O(its channels)."""
+        if subscription not in subscription.channels[0].parked:
+            return False
+        self._remove(subscription, now)
+        return True
+
+    # What the broker says
+
+    def learn(self, name: str, history: History, now: float) -> Replies:
+        """The broker was read for a channel in `wanted`: merge with what came meanwhile, reply to those who waited.
+
+        `history` is whole or reaches down to the id that was wanted. O(messages + polls of the channel).
+        """
+        channel = self._channels.get(name)
+        if channel is None:
+            return ()
+        channel.window = history.window
+        channel.max_messages = history.max_messages
+        had = channel.backlog
+        messages, floor = list(history.messages), history.floor
+        if not history.whole and had.floor < floor <= had.tail + 1:
+            # Read on from where this node left off: what it had joins what it got.
+            messages[:0] = had.range(0, floor - 1)
+            floor = had.floor
+        channel.backlog = Backlog(floor, history.tail, history.whole, messages)
+        if channel.known:
+            # A read for older messages, while newer ones went on being delivered.
+            for message in had.range(history.tail + 1, MAX_ID):
+                channel.backlog.append(message)
+        channel.known = True
+        early, channel.early = channel.early, []
+        for message, prev in early:
+            if message.id > channel.backlog.tail:
+                if prev > channel.backlog.tail:
+                    return self._doubt(channel)
+                channel.backlog.append(message)
+        return self._settle(channel, now)
+
+    def deliver(self, name: str, message: Message, prev: int, now: float) -> Replies:
+        """A message was published to the channel; `prev` is the id of the one before it there.
+
+        A message the channel already has is ignored. One that does not follow on the last means that something was
+        missed: the channel is wanted again, and its polls wait until it is known. O(polls of the channel).
+        """
+        channel = self._channels.get(name)
+        if channel is None:
+            return ()
+        if not channel.known:
+            self._keep_early(channel, message, prev)
+            self.advance(message.id + 1)
+            return ()
+        backlog = channel.backlog
+        if message.id <= backlog.tail:
+            return ()
+        if prev > backlog.tail:
+            self._keep_early(channel, message, prev)
+            return self._doubt(channel)
+        backlog.append(message)
+        self.advance(message.id + 1)
+        self._trim(channel, channel.max_messages)
+        if backlog.trim(self._backlog, 0):
+            # This node's own limit, not the channel's: the broker still has what was dropped here.
+            backlog.whole = False
+        return self._answer_message(channel, message, now) if channel.parked else ()
+
+    def close(self, name: str, now: float) -> Replies:
+        """The channel was closed. Every poll of it ends, and what is known of it is forgotten. O(its polls)."""
+        channel = self._channels.get(name)
+        if channel is None:
+            return ()
+        replies = self._end(list(channel.parked), "closed", now, closed=name)
+        self._forget(channel)
+        return replies
+
+    def fail(self, name: str, now: float) -> Sequence[Subscription]:
+        """A wanted channel cannot be read: the subscriptions that waited for it, no longer parked. O(their number)."""
+        channel = self._channels.get(name)
+        if channel is None:
+            return ()
+        failed = list(channel.unsure)
+        for subscription in failed:
+            self._remove(subscription, now)
+        channel.early.clear()
+        return failed
+
+    def doubt(self) -> None:
+        """Announcements may have been missed: every channel must be read again before anything else is answered."""
+        for channel in self._channels.values():
+            self._doubt(channel)
+
+    # Time
+
+    def next_deadline(self) -> float | None:
+        """When to call `expire`. O(1)."""
+        return self._ticks.peekitem(0)[0] / TICKS_PER_SECOND if self._ticks else None
+
+    def expire(self, now: float) -> Replies:
+        """End the polls whose time is up, with a cursor. O(their number)."""
+        due: list[Subscription] = []
+        tick = math.floor(now * TICKS_PER_SECOND)
+        while self._ticks and self._ticks.peekitem(0)[0] <= tick:
+            due += self._ticks.popitem(0)[1]
+        return self._end(due, "timeout", now)
+
+    def drain(self, count: int, now: float) -> Replies:
+        """End up to `count` polls before their time, those that would expire first first."""
+        return self._end(list(islice(chain.from_iterable(self._ticks.values()), count)), "drain", now)
+
+    def forget_idle(self, now: float) -> list[str]:
+        """Forget channels that nobody has waited for since `linger` seconds; their names. O(their number)."""
+        forgotten = []
+        for channel, since in self._idle.items():
+            if since + self._linger > now:
+                break
+            forgotten.append(channel)
+        for channel in forgotten:
+            self._forget(channel)
+        return [channel.name for channel in forgotten]
+
+    # Inside
+
+    def _open(self, name: str) -> Channel:
+        channel = self._channels[name] = Channel(name, MAX_ID)
+        return channel
+
+    def _forget(self, channel: Channel) -> None:
+        del self._channels[channel.name]
+        self._idle.pop(channel, None)
+        self.wanted.pop(channel.name, None)
+
+    def _want(self, channel: Channel, start: int) -> None:
+        self.wanted[channel.name] = min(start, self.wanted.get(channel.name, start))
+
+    def _tick(self, subscription: Subscription, now: float) -> int:
+        timeout = subscription.timeout
+        if subscription.end < MAX_ID:
+            timeout = min(timeout, max(subscription.end + 1 - self.position, 0) / 1e6)
+        return math.ceil((now + timeout) * TICKS_PER_SECOND)
+
+    def _await_deadline(self, subscription: Subscription) -> None:
+        bucket = self._ticks.get(subscription.tick)
+        if bucket is None:
+            self._ticks[subscription.tick] = {subscription}
+        else:
+            bucket.add(subscription)
+
+    def _ignore_deadline(self, subscription: Subscription) -> None:
+        bucket = self._ticks.get(subscription.tick)
+        if bucket is not None:
+            bucket.discard(subscription)
+
+    def _remove(self, subscription: Subscription, now: float) -> None:
+        self.parked -= 1
+        self._ignore_deadline(subscription)
+        for channel in subscription.channels:
+            channel.parked.discard(subscription)
+            if subscription.unknown:
+                channel.unsure.discard(subscription)
+            if not channel.parked:
+                self._idle[channel] = now
+
+    def _keep_early(self, channel: Channel, message: Message, prev: int) -> None:
+        channel.early.append((message, prev))
+        # Dropping the oldest breaks the chain of `prev`, which `learn` sees: then the channel is read once more.
+        if len(channel.early) > self._backlog:
+            del channel.early[0]
+
+    def _doubt(self, channel: Channel) -> Replies:
+        # What is here stays true: reading on from the tail is enough, unless somebody waits for older messages.
+        self._want(channel, channel.backlog.tail + 1)
+        channel.known = False
+        for subscription in channel.parked - channel.unsure:
+            if not subscription.unknown:
+                self._ignore_deadline(subscription)
+            subscription.unknown += 1
+            channel.unsure.add(subscription)
+        return ()
+
+    def _trim(self, channel: Channel, count: int) -> None:
+        """Drop what the channel itself has dropped by now."""
+        channel.backlog.trim(count, self.position - int(channel.window * 1e6))
+
+    def _settle(self, channel: Channel, now: float) -> Replies:
+        """The channel is known: reply to those who waited for nothing else, park the rest."""
+        replies: list[tuple[Answer, Sequence[Subscription]]] = []
+        unsure, channel.unsure = channel.unsure, set()
+        for subscription in unsure:
+            if not channel.backlog.covers(subscription.start):
+                channel.unsure.add(subscription)
+                self._want(channel, subscription.start)
+                continue
+            subscription.unknown -= 1
+            if subscription.unknown:
+                continue
+            answer = self._answer_now(subscription)
+            if answer is None:
+                self._await_deadline(subscription)
+            else:
+                self._remove(subscription, now)
+                replies.append((answer, (subscription,)))
+        return replies
+
+    def _answer_now(self, subscription: Subscription) -> Answer | None:
+        """What there is to say to a subscription whose channels are all known; None: nothing yet."""
+        start, end = subscription.start, subscription.end
+        gap = False
+        found: list[Message] = []
+        for channel in subscription.channels:
+            backlog = channel.backlog
+            if backlog:
+                self._trim(channel, len(backlog))
+            gap = gap or backlog.gap(start)
+            if start <= backlog.tail:
+                found += backlog.range(start, end)
+        if found:
+            return self._answer_messages(subscription, found, gap)
+        if gap:
+            # Past every floor, or the next poll would be told of the same gap at once.
+            beyond = max(channel.backlog.floor for channel in subscription.channels)
+            return Answer((), max(self._next(subscription), beyond), "gap", gap=True)
+        if subscription.timeout <= 0 or self.position > end:
+            return Answer((), self._next(subscription), "timeout")
+        return None
+
+    def _answer_messages(self, subscription: Subscription, found: list[Message], gap: bool) -> Answer:
+        names = tuple([channel.name for channel in subscription.channels])
+        if len(names) > 1:
+            found = sorted({message.id: message for message in found}.values(), key=lambda message: message.id)
+        shown: list[tuple[Message, bytes]] = []
+        size = 0
+        for message in found:
+            text = message.json(names)
+            size += len(text)
+            if shown and size > self._answer_bytes:
+                break
+            shown.append((message, text))
+        return Answer(shown, shown[-1][0].id + 1, "message", gap=gap)
+
+    def _answer_message(self, channel: Channel, message: Message, now: float) -> Replies:
+        """Group the polls that wait for this message by what they are shown of it, which is one group as a rule."""
+        id = message.id
+        ready = [s for s in channel.parked if not s.unknown and s.start <= id <= s.end]
+        groups: dict[tuple[str, ...], list[Subscription]] = {}
+        if len(message.channels) == 1:
+            groups[message.channels] = ready
+        else:
+            published_to = frozenset(message.channels)
+            for subscription in ready:
+                shown = tuple([c.name for c in subscription.channels if c.name in published_to])
+                groups.setdefault(shown, []).append(subscription)
+        for subscription in ready:
+            self._remove(subscription, now)
+        return [
+            (Answer(((message, message.json(shown)),), id + 1, "message"), subscriptions)
+            for shown, subscriptions in groups.items()
+            if subscriptions
+        ]
+
+    def _next(self, subscription: Subscription) -> int:
+        """The cursor after an answer without messages. An `end` that has passed is passed by it."""
+        return max(subscription.start, min(self.position, subscription.end + 1))
+
+    def _end(self, ended: Iterable[Subscription], reason: str, now: float, *, closed: str | None = None) -> Replies:
+        by_next: dict[int, list[Subscription]] = {}
+        for subscription in ended:
+            by_next.setdefault(self._next(subscription), []).append(subscription)
+            self._remove(subscription, now)
+        return [(Answer((), next, reason, closed=closed), ended) for next, ended in by_next.items()]

@@ -1,0 +1,364 @@
+"""The express lane: a connection on which polls are parsed, parked and answered with nothing else in the way.
+
+Every connection starts here and stays here. A request that is not a plain poll is *lent* to the web side (aiohttp): its
+bytes go to a web connection that writes to the same transport, and when its answer is out the connection is the lane's
+again, so a proxy that mixes polls and publications on its pooled connections costs no poll the express lane. What the
+lane cannot frame with certainty is *handed over* for good (see `head`).
+
+A parked poll costs this object, its subscription and the transport: no task, no request object, no parser.
+"""
+
+import asyncio
+from collections.abc import Callable
+from email.utils import formatdate
+from typing import Final, Protocol, cast
+
+from pushup.errors import PROBLEM_TYPE, InvalidRequest, PushUpError
+from pushup.head import HEAD_BYTES_MAX, Head, Way, is_malformed, parse_head
+from pushup.hub import Subscription
+from pushup.messages import Answer
+from pushup.node import Node
+from pushup.wire import parse_poll_body, parse_poll_query
+
+POLL_BODY_BYTES_MAX: Final = 64 * 1024
+"""A longer body of a poll is read by the web side."""
+
+AHEAD_BYTES_MAX: Final = 64 * 1024
+"""How much a client may send ahead of an answer before its connection is no longer read."""
+
+# What a connection is doing.
+READING: Final = 0
+PARKED: Final = 1
+LENT: Final = 2
+CLOSED: Final = 3
+
+# How an answer is written; a bit each.
+KEEP_ALIVE: Final = 1
+HTTP10: Final = 2
+NO_BODY: Final = 4
+
+
+class WebConnection(Protocol):
+    """What the lane needs of the web side's connection."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None: ...
+
+    def connection_lost(self, exc: BaseException | None) -> None: ...
+
+    def data_received(self, data: bytes) -> None: ...
+
+    def pause_writing(self) -> None: ...
+
+    def resume_writing(self) -> None: ...
+
+    def release(self) -> None:
+        """End without closing the transport."""
+
+
+class Lanes:
+    """What all connections of a server share."""
+
+    def __init__(self, node: Node, borrow: "Callable[[Lane | None], WebConnection]") -> None:
+        self.node = node
+        self.settings = node.settings
+        self.metrics = node.metrics
+        self.loop = asyncio.get_running_loop()
+        self.borrow = borrow
+        """Makes a web connection; for a lane that wants to hear when an answer is out, or for good (None)."""
+        self.open: set[Lane] = set()
+        self.closing = False
+        """Whether every answer is the last of its connection."""
+        self.date = b""
+        self.tick()
+
+    def __call__(self) -> "Lane":
+        """The protocol factory."""
+        return Lane(self)
+
+    def tick(self) -> None:
+        """Once a second: the `Date` header, and connections that have had their time. O(connections)."""
+        self.date = formatdate(usegmt=True).encode()
+        now = self.loop.time()
+        idle, slow = now - self.settings.keepalive_timeout, now - self.settings.request_timeout
+        for lane in [lane for lane in self.open if lane.is_late(idle, slow)]:
+            lane.abort()
+
+    def close_idle(self) -> None:
+        """Close the connections that are between requests."""
+        for lane in [lane for lane in self.open if lane.idle]:
+            lane.close()
+
+    def render(self, status: bytes, content_type: bytes, body: bytes, how: int, extra: bytes = b"") -> bytes:
+        """A whole response."""
+        if how & KEEP_ALIVE:
+            connection = b"Connection: keep-alive\r\n" if how & HTTP10 else b""
+        else:
+            connection = b"" if how & HTTP10 else b"Connection: close\r\n"
+        return (
+            b"HTTP/1.%d %b\r\nContent-Type: %b\r\nCache-Control: no-store\r\n%b"
+            b"Content-Length: %d\r\nDate: %b\r\n%b\r\n%b"
+        ) % (
+            0 if how & HTTP10 else 1,
+            status,
+            content_type,
+            extra,
+            len(body),
+            self.date,
+            connection,
+            b"" if how & NO_BODY else body,
+        )
+
+
+class Lane(asyncio.Protocol):
+    """One client connection."""
+
+    __slots__ = (
+        "_answered",
+        "_body_left",
+        "_buffer",
+        "_how",
+        "_lanes",
+        "_since",
+        "_state",
+        "_stuck",
+        "_subscription",
+        "_transport",
+        "_web",
+    )
+
+    def __init__(self, lanes: Lanes) -> None:
+        self._lanes = lanes
+        self._state = READING
+        self._buffer = b""
+        """What came and was not looked at yet."""
+        self._how = 0
+        self._subscription: Subscription | None = None
+        self._stuck = False
+        """Whether the client does not read what it is sent."""
+        self._web: WebConnection | None = None
+        self._body_left = 0
+        """Bytes of the lent request's body that are still to come."""
+        self._answered = False
+        """Whether the lent request's answer is out."""
+        self._since = 0.0
+        """When the connection began to wait for what it waits for now."""
+
+    # Called by the event loop
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._since = self._lanes.loop.time()
+        self._lanes.metrics.connections_opened += 1
+        self._lanes.open.add(self)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._state = CLOSED
+        self._lanes.open.discard(self)
+        if self._subscription is not None:
+            self._lanes.node.leave(self._subscription)
+            self._subscription = None
+        if self._web is not None:
+            self._web.connection_lost(exc)
+            self._web = None
+        self._buffer = b""
+
+    def data_received(self, data: bytes) -> None:
+        if self._state == READING and not self._stuck:
+            if self._buffer:
+                data = self._buffer + data
+            else:
+                self._since = self._lanes.loop.time()
+            self._read(data)
+        elif self._state == LENT and self._body_left:
+            self._feed(data)
+        elif self._state != CLOSED:
+            self._buffer += data
+            if len(self._buffer) > AHEAD_BYTES_MAX:
+                self._transport.pause_reading()
+
+    def pause_writing(self) -> None:
+        self._stuck = True
+        self._since = self._lanes.loop.time()
+        if self._web is not None:
+            self._web.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._stuck = False
+        if self._web is not None:
+            self._web.resume_writing()
+        self._read_on()
+
+    # Called by Lanes
+
+    @property
+    def idle(self) -> bool:
+        """Whether it is between requests."""
+        return self._state == READING and not self._buffer
+
+    def is_late(self, idle_since: float, slow_since: float) -> bool:
+        """Whether the client took too long: to ask, to finish asking, or to read."""
+        if self._stuck or (self._state == LENT and self._body_left):
+            return self._since < slow_since
+        return self._state == READING and self._since < (slow_since if self._buffer else idle_since)
+
+    def close(self) -> None:
+        """Close once what was written is out."""
+        self._state = CLOSED
+        self._transport.close()
+
+    def abort(self) -> None:
+        """Close now."""
+        self._state = CLOSED
+        self._transport.abort()
+
+    # Called by the node
+
+    def answer(self, answer: Answer) -> None:
+        self._subscription = None
+        if self._state == PARKED:
+            self._write_answer(answer)
+            self._read_on()
+
+    def fail(self, error: PushUpError) -> None:
+        self._subscription = None
+        if self._state == PARKED:
+            self._write_error(error)
+            self._read_on()
+
+    # Called by the web side
+
+    def web_answered(self, keep_alive: bool) -> None:
+        """The answer to the lent request is written. `keep_alive`: the connection goes on."""
+        if self._state != LENT or self._answered:
+            # Two answers to one request: the two sides disagree on what was one request.
+            self.abort()
+        elif not keep_alive:
+            self._state = CLOSED  # The web side closes the transport.
+        else:
+            self._answered = True
+            self._take_back()
+
+    # Inside
+
+    def _read(self, data: bytes) -> None:
+        """Serve the requests in `data`, up to one that has to wait for something."""
+        while data and self._state == READING and not self._stuck:
+            if data[0] in b"\r\n":  # Blank lines before a request are allowed, and mean nothing.
+                data = data.lstrip(b"\r\n")
+                continue
+            blank = data.find(b"\r\n\r\n", 0, HEAD_BYTES_MAX)
+            if blank < 0:
+                if len(data) >= HEAD_BYTES_MAX or is_malformed(data):
+                    self._hand_over(data)
+                    return
+                break
+            end = blank + 4
+            head = parse_head(data[:end])
+            if head.way is Way.HAND_OVER:
+                self._hand_over(data)
+                return
+            if head.way is Way.LEND or head.length > POLL_BODY_BYTES_MAX:
+                self._lend(data, end + head.length)
+                return
+            total = end + head.length
+            if len(data) < total:
+                break
+            body, data = data[end:total], data[total:]
+            self._poll(head, body)
+        self._buffer = data
+
+    def _read_on(self) -> None:
+        """Look at what was sent ahead, when the event loop has time for it."""
+        if self._state == READING and not self._stuck:
+            self._since = self._lanes.loop.time()
+            if self._buffer:
+                self._lanes.loop.call_soon(self._read_buffer)
+
+    def _read_buffer(self) -> None:
+        if self._state == READING and not self._stuck:
+            data, self._buffer = self._buffer, b""
+            if len(data) > AHEAD_BYTES_MAX:
+                self._transport.resume_reading()
+            self._read(data)
+
+    def _poll(self, head: Head, body: bytes) -> None:
+        lanes = self._lanes
+        lanes.metrics.requests_lane += 1
+        self._how = head.keep_alive * KEEP_ALIVE | head.http10 * HTTP10 | (head.method == b"HEAD") * NO_BODY
+        try:
+            if head.method == b"POST":
+                if head.query:
+                    raise InvalidRequest("a poll is in the query or in the body, not both")
+                poll = parse_poll_body(body, lanes.settings)
+            else:
+                poll = parse_poll_query(head.query or "", lanes.settings)
+        except PushUpError as error:
+            self._write_error(error)
+            return
+        result = lanes.node.poll(poll, self)
+        if isinstance(result, Answer):
+            self._write_answer(result)
+            return
+        self._subscription = result
+        self._state = PARKED
+        if self._web is not None:
+            self._web.release()
+            self._web = None
+
+    def _write_answer(self, answer: Answer) -> None:
+        lanes = self._lanes
+        how = self._how & ~KEEP_ALIVE if lanes.closing else self._how
+        response = answer.rendered.get(how)
+        if response is None:
+            response = answer.rendered[how] = lanes.render(b"200 OK", b"application/json", answer.body, how)
+        self._write(response, how)
+
+    def _write_error(self, error: PushUpError) -> None:
+        how = self._how & ~KEEP_ALIVE if self._lanes.closing else self._how
+        self._lanes.metrics.count_refused(error)
+        extra = b"".join([b"%b: %b\r\n" % (name.encode(), value.encode()) for name, value in error.headers.items()])
+        status = f"{error.status} {error.title}".encode()
+        self._write(self._lanes.render(status, PROBLEM_TYPE.encode(), error.body(), how, extra), how)
+
+    def _write(self, response: bytes, how: int) -> None:
+        self._state = READING
+        self._transport.write(response)
+        if not how & KEEP_ALIVE:
+            self.close()
+
+    # The web side's turn
+
+    def _lend(self, data: bytes, total: int) -> None:
+        self._state = LENT
+        self._answered = False
+        self._body_left = max(total - len(data), 0)
+        self._buffer = data[total:]
+        self._lanes.metrics.requests_web += 1
+        if self._web is None:
+            self._web = self._lanes.borrow(self)
+            self._web.connection_made(self._transport)
+        self._web.data_received(data[:total])
+
+    def _feed(self, data: bytes) -> None:
+        assert self._web is not None
+        part, self._buffer = data[: self._body_left], data[self._body_left :]
+        self._body_left -= len(part)
+        self._web.data_received(part)
+        self._take_back()
+
+    def _take_back(self) -> None:
+        if self._state == LENT and self._answered and not self._body_left:
+            self._state = READING
+            self._read_on()
+
+    def _hand_over(self, data: bytes) -> None:
+        self._lanes.metrics.requests_web += 1
+        self._state = CLOSED
+        self._lanes.open.discard(self)
+        if self._web is not None:
+            self._web.release()
+            self._web = None
+        web = self._lanes.borrow(None)
+        self._transport.set_protocol(cast(asyncio.BaseProtocol, web))
+        web.connection_made(self._transport)
+        web.data_received(data)

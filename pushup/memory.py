@@ -1,0 +1,305 @@
+"""The built-in broker: one process, nothing to install, messages gone when it stops.
+
+`MemoryStore` is synchronous and is told the time (microseconds since the Unix epoch); `MemoryBroker` gives it a clock,
+a timer and the broker's coroutines.
+"""
+
+import asyncio
+import contextlib
+import heapq
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Final
+
+from sortedcontainers import SortedDict
+
+from pushup.backlog import Backlog
+from pushup.broker import Listener, now_us
+from pushup.errors import ChannelExists, ChannelNotFound, KeyReused, PushUpError
+from pushup.messages import (
+    MAX_ID,
+    ChannelInfo,
+    ChannelOptions,
+    History,
+    Message,
+    Publication,
+    Receipt,
+    is_integer,
+    show_channel,
+)
+
+SECOND: Final = 1_000_000
+SWEEP_INTERVAL_S: Final = 1.0
+CLOSED_REMEMBERED: Final = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """How long things are kept unless a channel says otherwise. Seconds and counts."""
+
+    ttl: float = 3600.0
+    window: float = 300.0
+    max_messages: int = 1000
+    idempotency: float = 300.0
+    implicit: bool = True
+    """Whether a named channel comes into being on its first publication."""
+
+
+class _Channel:
+    __slots__ = ("backlog", "created", "expires", "looked_at", "max_messages", "ttl", "window")
+
+    def __init__(self, backlog: Backlog, options: ChannelOptions, defaults: Retention, now: int) -> None:
+        self.backlog = backlog
+        self.created = now
+        self.ttl = defaults.ttl if options.ttl is None else options.ttl
+        self.window = defaults.window if options.window is None else options.window
+        self.max_messages = defaults.max_messages if options.max_messages is None else options.max_messages
+        self.expires = now + int(self.ttl * SECOND)
+        self.looked_at = MAX_ID
+        """When the store will next look at this channel for something to drop: never after `due`."""
+
+    @property
+    def due(self) -> int:
+        """When something of this channel expires next: its oldest message, or itself."""
+        first = self.backlog.first
+        return self.expires if first is None else min(self.expires, first + int(self.window * SECOND) + 1)
+
+    def trim(self, now: int) -> None:
+        self.backlog.trim(self.max_messages, now - int(self.window * SECOND))
+
+
+class MemoryStore:
+    """Channels and messages of one realm. Calls the listener in the middle of its methods, in id order."""
+
+    def __init__(self, retention: Retention, now: int) -> None:
+        self._retention = retention
+        self._last = now
+        self._floor = now
+        """What a channel not known here had before this id is not known either."""
+        self._channels: SortedDict[str, _Channel] = SortedDict()
+        self._closed: OrderedDict[str, int] = OrderedDict()
+        """Tails of channels that were closed, so that who comes back to one is told of the gap."""
+        self._looks: list[tuple[int, str]] = []
+        """A heap of when to look at which channel; an entry that is not the channel's `looked_at` is stale."""
+        self._keys: OrderedDict[str, tuple[int, bytes, int]] = OrderedDict()
+        """Idempotency keys: when to forget, a digest of what was published, its id. The oldest first."""
+        self._watched: set[str] = set()
+        self.listener: Listener | None = None
+
+    def position(self, now: int) -> int:
+        """An id above every one given so far; none below it is given from now on. O(1)."""
+        if now > self._last + 1:
+            self._last = now - 1
+        return self._last + 1
+
+    def watch(self, name: str, now: int) -> History | None:
+        """Watch the channel and read all of it; None if it would have to be created. O(messages)."""
+        channel = self._channels.get(name)
+        if channel is None:
+            if not self._comes_into_being(name):
+                return None
+            self._watched.add(name)
+            tail = self._closed.get(name, 0)
+            return History(
+                (), max(tail + 1, self._floor), tail, True, self._retention.window, self._retention.max_messages
+            )
+        self._watched.add(name)
+        channel.trim(now)
+        backlog = channel.backlog
+        messages = backlog.range(0, MAX_ID)
+        return History(messages, backlog.floor, backlog.tail, True, channel.window, channel.max_messages)
+
+    def unwatch(self, name: str) -> None:
+        self._watched.discard(name)
+
+    def publish(self, publication: Publication, now: int) -> Receipt:
+        """Store and announce. O(channels + polls). Raises ChannelNotFound, KeyReused."""
+        if publication.key is not None:
+            self._forget_keys(now)
+            seen = self._keys.get(publication.key)
+            if seen is not None:
+                _, digest, id = seen
+                if digest != publication.digest():
+                    raise KeyReused(f"key {publication.key!r} was used for a different publication")
+                return Receipt(id, duplicate=True)
+        for name in publication.channels:
+            if name not in self._channels and not self._comes_into_being(name):
+                raise ChannelNotFound(show_channel(name))
+        id = self._last = max(now, self._last + 1)
+        if publication.key is not None:
+            self._keys[publication.key] = (now + int(self._retention.idempotency * SECOND), publication.digest(), id)
+        message = Message(id, publication.channels, publication.data)
+        announcements: list[tuple[str, int]] = []
+        for name in publication.channels:
+            channel = self._channels.get(name) or self._add(name, ChannelOptions(), now)
+            announcements.append((name, channel.backlog.tail))
+            channel.backlog.append(message)
+            channel.trim(now)
+            channel.expires = now + int(channel.ttl * SECOND)
+            self._look(name, channel)
+        if self.listener is not None:
+            for name, prev in announcements:
+                if name in self._watched:
+                    self.listener.on_message(name, message, prev)
+        return Receipt(id)
+
+    def create(self, name: str | None, options: ChannelOptions, now: int) -> ChannelInfo:
+        if name is None:
+            self._last = max(now, self._last + 1)
+            name = str(self._last)
+        elif name in self._channels:
+            raise ChannelExists(show_channel(name))
+        return self._info(name, self._add(name, options, now))
+
+    def renew(self, name: str, ttl: float | None, now: int) -> ChannelInfo:
+        channel = self._get(name)
+        if ttl is not None:
+            channel.ttl = ttl
+        channel.expires = now + int(channel.ttl * SECOND)
+        self._look(name, channel)
+        return self._info(name, channel)
+
+    def close(self, name: str) -> None:
+        """O(log channels + polls)."""
+        channel = self._get(name)
+        del self._channels[name]
+        if channel.backlog.tail and not is_integer(name):
+            self._closed[name] = channel.backlog.tail
+            if len(self._closed) > CLOSED_REMEMBERED:
+                _, tail = self._closed.popitem(last=False)
+                self._floor = max(self._floor, tail + 1)
+        if name in self._watched:
+            self._watched.discard(name)
+            if self.listener is not None:
+                self.listener.on_closed(name)
+
+    def describe(self, name: str, now: int) -> ChannelInfo:
+        channel = self._get(name)
+        channel.trim(now)
+        return self._info(name, channel)
+
+    def channels(self, after: str, limit: int, now: int) -> list[ChannelInfo]:
+        """O(log channels + limit)."""
+        names = list(islice(self._channels.irange(after, inclusive=(False, True)), limit))
+        return [self.describe(name, now) for name in names]
+
+    def sweep(self, now: int) -> None:
+        """Drop what is too old: messages, and channels whose ttl is over. O(log channels) for each that is due."""
+        self._forget_keys(now)
+        while self._looks and self._looks[0][0] <= now:
+            at, name = heapq.heappop(self._looks)
+            channel = self._channels.get(name)
+            if channel is None or channel.looked_at != at:
+                continue
+            if channel.expires <= now:
+                self.close(name)
+            else:
+                channel.trim(now)
+                channel.looked_at = MAX_ID
+                self._look(name, channel)
+
+    def _get(self, name: str) -> _Channel:
+        channel: _Channel | None = self._channels.get(name)
+        if channel is None:
+            raise ChannelNotFound(show_channel(name))
+        return channel
+
+    def _add(self, name: str, options: ChannelOptions, now: int) -> _Channel:
+        tail = self._closed.pop(name, 0)
+        channel = _Channel(Backlog(max(tail + 1, self._floor), tail), options, self._retention, now)
+        self._channels[name] = channel
+        self._look(name, channel)
+        return channel
+
+    def _look(self, name: str, channel: _Channel) -> None:
+        due = channel.due
+        if due < channel.looked_at:
+            channel.looked_at = due
+            heapq.heappush(self._looks, (due, name))
+
+    def _comes_into_being(self, name: str) -> bool:
+        return self._retention.implicit and not is_integer(name)
+
+    def _forget_keys(self, now: int) -> None:
+        while self._keys:
+            key, (until, _, _) = next(iter(self._keys.items()))
+            if until > now:
+                return
+            del self._keys[key]
+
+    def _info(self, name: str, channel: _Channel) -> ChannelInfo:
+        backlog = channel.backlog
+        return ChannelInfo(
+            channel=name,
+            created=channel.created,
+            expires=channel.expires,
+            ttl=channel.ttl,
+            window=channel.window,
+            max_messages=channel.max_messages,
+            messages=len(backlog),
+            first=backlog.first,
+            last=backlog.tail if backlog else None,
+        )
+
+
+class MemoryBroker:
+    """A MemoryStore on the event loop. See `broker.Broker` for the contract."""
+
+    name = "memory://"
+
+    def __init__(self, retention: Retention | None = None, clock: Callable[[], int] = now_us) -> None:
+        self._clock = clock
+        self._store = MemoryStore(retention or Retention(), clock())
+        self._sweeper: asyncio.Task[None] | None = None
+
+    async def start(self, listener: Listener) -> None:
+        self._store.listener = listener
+        self._sweeper = asyncio.create_task(self._sweep())
+
+    async def stop(self) -> None:
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._sweeper
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_INTERVAL_S)
+            self._store.sweep(self._clock())
+
+    def position(self) -> int:
+        return self._store.position(self._clock())
+
+    async def watch(self, wanted: Mapping[str, int]) -> Mapping[str, History | None]:
+        now = self._clock()
+        return {name: self._store.watch(name, now) for name in wanted}
+
+    def unwatch(self, channels: Sequence[str]) -> None:
+        for name in channels:
+            self._store.unwatch(name)
+
+    async def publish(self, publications: Sequence[Publication]) -> Sequence[Receipt | PushUpError]:
+        results: list[Receipt | PushUpError] = []
+        for publication in publications:
+            try:
+                results.append(self._store.publish(publication, self._clock()))
+            except PushUpError as error:
+                results.append(error)
+        return results
+
+    async def create(self, name: str | None, options: ChannelOptions) -> ChannelInfo:
+        return self._store.create(name, options, self._clock())
+
+    async def renew(self, name: str, ttl: float | None) -> ChannelInfo:
+        return self._store.renew(name, ttl, self._clock())
+
+    async def close(self, name: str) -> None:
+        self._store.close(name)
+
+    async def describe(self, name: str) -> ChannelInfo:
+        return self._store.describe(name, self._clock())
+
+    async def channels(self, after: str, limit: int) -> Sequence[ChannelInfo]:
+        return self._store.channels(after, limit, self._clock())

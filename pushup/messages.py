@@ -1,0 +1,207 @@
+"""The words of the domain: messages, polls and what is said about channels. Values only, no behaviour of a server."""
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Sequence
+from typing import Any, Final
+
+import msgspec
+
+from pushup.errors import InvalidParameter
+
+MAX_ID: Final = 2**53 - 1
+"""The largest id: what a JavaScript number and a Redis score hold exactly (reached in the year 2255)."""
+
+LATEST: Final = -1
+"""The `start` of a poll that asks for messages from now on."""
+
+MAX_NAME_BYTES: Final = 255
+
+_INTEGER = re.compile(r"[0-9]+\Z")
+
+
+def parse_channel(name: str | int) -> str:
+    """The channel's name as used inside: text, with an integer channel's id in decimal.
+
+    Raises InvalidParameter for what can never name a channel.
+    """
+    if isinstance(name, int):
+        if isinstance(name, bool) or not 0 < name <= MAX_ID:
+            raise InvalidParameter("channel", f"an integer channel lies between 1 and {MAX_ID}")
+        return str(name)
+    if name.isalpha() and name.isascii() and len(name) <= MAX_NAME_BYTES:
+        return name
+    if _INTEGER.match(name):
+        if name[0] == "0" or len(name) > len(str(MAX_ID)) or int(name) > MAX_ID:
+            raise InvalidParameter("channel", f"a name of digits only is an integer channel, between 1 and {MAX_ID}")
+        return name
+    if not name or name in (".", ".."):
+        raise InvalidParameter("channel", "a channel's name is not empty, '.' or '..'")
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError:
+        raise InvalidParameter("channel", "a channel's name is valid Unicode, without lone surrogates") from None
+    if size > MAX_NAME_BYTES:
+        raise InvalidParameter("channel", f"a channel's name is at most {MAX_NAME_BYTES} bytes long in UTF-8")
+    if any(unicodedata.category(char) == "Cc" for char in name):
+        raise InvalidParameter("channel", "a channel's name has no control characters")
+    return name
+
+
+def is_integer(name: str) -> bool:
+    """Whether a parsed name is that of an integer channel: one handed out by *create*."""
+    return _INTEGER.match(name) is not None
+
+
+def show_channel(name: str) -> str | int:
+    """The channel as JSON shows it: a number for an integer channel, else its name."""
+    return int(name) if is_integer(name) else name
+
+
+class Message:
+    """One published payload. `data` is JSON text in UTF-8; `channels` are all it was published to."""
+
+    __slots__ = ("_json", "channels", "data", "id")
+
+    def __init__(self, id: int, channels: tuple[str, ...], data: bytes) -> None:
+        self.id = id
+        self.channels = channels
+        self.data = data
+        self._json: bytes | None = None
+
+    def __repr__(self) -> str:
+        return f"Message({self.id}, {self.channels}, {self.data!r})"
+
+    def json(self, channels: tuple[str, ...]) -> bytes:
+        """The message as an answer shows it to a poll of `channels`. Encoded once where all polls see the same."""
+        if len(self.channels) > 1:
+            return self._encode(tuple(name for name in channels if name in self.channels))
+        if self._json is None:
+            self._json = self._encode(self.channels)
+        return self._json
+
+    def _encode(self, channels: tuple[str, ...]) -> bytes:
+        shown = msgspec.json.encode([show_channel(name) for name in channels])
+        return b'{"id":%d,"channels":%b,"data":%b}' % (self.id, shown, self.data)
+
+
+class Poll:
+    """What a client waits for: the channels (distinct), a range of ids (both ends included) and seconds to wait."""
+
+    __slots__ = ("channels", "end", "start", "timeout")
+
+    def __init__(self, channels: tuple[str, ...], start: int, end: int, timeout: float) -> None:
+        self.channels = channels
+        self.start = start
+        self.end = end
+        self.timeout = timeout
+
+    def __repr__(self) -> str:
+        return f"Poll({self.channels}, {self.start}, {self.end}, {self.timeout})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Poll) and repr(self) == repr(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class Answer:
+    """What a poll is told. Shared by every poll that is told the same, so it is encoded once.
+
+    `reason` is why the poll ended: message, timeout, gap, closed or drain.
+    """
+
+    __slots__ = ("_body", "closed", "gap", "messages", "next", "reason", "rendered")
+
+    def __init__(
+        self,
+        messages: Sequence[tuple[Message, bytes]],
+        next: int,
+        reason: str,
+        *,
+        gap: bool = False,
+        closed: str | None = None,
+    ) -> None:
+        self.messages = messages
+        self.next = next
+        self.reason = reason
+        self.gap = gap
+        self.closed = closed
+        self._body: bytes | None = None
+        self.rendered: dict[Any, bytes] = {}
+        """A transport's own copies of the whole response, by its own key."""
+
+    @property
+    def body(self) -> bytes:
+        """The answer as JSON text."""
+        if self._body is None:
+            closed = b""
+            if self.closed is not None:
+                closed = b',"closed":' + msgspec.json.encode([show_channel(self.closed)])
+            self._body = b'{"messages":[%b],"next":%d,"gap":%b%b}' % (
+                b",".join([text for _, text in self.messages]),
+                self.next,
+                b"true" if self.gap else b"false",
+                closed,
+            )
+        return self._body
+
+
+class Publication(msgspec.Struct, frozen=True):
+    """One message on its way to one or more channels (distinct). `data` is JSON text; `key` makes retries safe."""
+
+    channels: tuple[str, ...]
+    data: bytes
+    key: str | None = None
+
+    def digest(self) -> bytes:
+        """16 bytes that tell this publication from any other one."""
+        return hashlib.blake2b(repr(self.channels).encode() + self.data, digest_size=16).digest()
+
+
+class Receipt(msgspec.Struct, frozen=True):
+    """The broker has the message under this id. `duplicate`: an earlier publication with the same key had stored it."""
+
+    id: int
+    duplicate: bool = False
+
+
+class ChannelInfo(msgspec.Struct, frozen=True):
+    """A channel's facts. Times are ids (microseconds since the Unix epoch), `ttl` and `window` are seconds.
+
+    `first` and `last` are the ids of the oldest and newest cached message, `messages` how many are cached.
+    """
+
+    channel: str
+    created: int
+    expires: int
+    ttl: float
+    window: float
+    max_messages: int
+    messages: int
+    first: int | None
+    last: int | None
+
+
+class ChannelOptions(msgspec.Struct, frozen=True):
+    """How a channel is to be kept: `ttl` and `window` in seconds, `max_messages` a count. None takes the default."""
+
+    ttl: float | None = None
+    window: float | None = None
+    max_messages: int | None = None
+
+
+class History(msgspec.Struct, frozen=True):
+    """What a broker knows of one channel at one moment.
+
+    `messages` are sorted by id and are all those from `floor` on; `whole` says that nothing below `floor` can be had
+    any more. `tail` is the id of the last message ever published (0: none), kept or not.
+    """
+
+    messages: Sequence[Message]
+    floor: int
+    tail: int
+    whole: bool
+    window: float
+    max_messages: int

@@ -1,0 +1,118 @@
+"""What a node counts, and its exposition in the Prometheus text format.
+
+The hot path adds plain integers; metric families are made when somebody scrapes. A channel is never a label.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from pushup.errors import PushUpError
+
+LAG_BUCKETS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Histogram:
+    """Counts of values by upper bound. `observe` takes how many had the value, since a fan-out answers many at once."""
+
+    __slots__ = ("_bounds", "_counts", "_sum")
+
+    def __init__(self, bounds: tuple[float, ...] = LAG_BUCKETS_S) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float, times: int = 1) -> None:
+        """O(log buckets)."""
+        self._counts[bisect_left(self._bounds, value)] += times
+        self._sum += value * times
+
+    def family(self, name: str, documentation: str) -> Metric:
+        """The histogram as Prometheus has it: cumulative, with +Inf."""
+        total = 0
+        buckets = []
+        for bound, count in zip((*self._bounds, float("inf")), self._counts, strict=True):
+            total += count
+            buckets.append(("+Inf" if bound == float("inf") else str(bound), float(total)))
+        family = HistogramMetricFamily(name, documentation)
+        family.add_metric([], buckets, self._sum)
+        return family
+
+
+class Metrics(Collector):
+    """The counters of one process."""
+
+    def __init__(self) -> None:
+        self.answers = dict.fromkeys(("message", "timeout", "gap", "closed", "drain", "gone", "error"), 0)
+        self.messages_delivered = 0
+        self.publications = 0
+        self.publications_duplicate = 0
+        self.publications_refused = 0
+        self.broker_reads = 0
+        self.broker_read_errors = 0
+        self.refused: dict[str, int] = {}
+        self.connections_opened = 0
+        self.requests_lane = 0
+        self.requests_web = 0
+        self.lag = Histogram()
+        self.loop_lag = Histogram()
+        self.parked = 0
+        self.channels = 0
+        self.connections = 0
+        self.ready = False
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+        ProcessCollector(registry=self._registry)
+        PlatformCollector(registry=self._registry)
+
+    def count_refused(self, error: PushUpError) -> None:
+        """A request was answered with an error."""
+        self.refused[error.code] = self.refused.get(error.code, 0) + 1
+
+    def exposition(self) -> bytes:
+        """Everything, in the text format."""
+        return generate_latest(self._registry)
+
+    def collect(self) -> Iterable[Metric]:
+        """Called by the registry."""
+        yield GaugeMetricFamily("pushup_parked_polls", "Polls that wait on this node now.", self.parked)
+        yield GaugeMetricFamily("pushup_watched_channels", "Channels this node keeps a backlog of.", self.channels)
+        yield GaugeMetricFamily("pushup_open_connections", "Client connections open now.", self.connections)
+        yield GaugeMetricFamily("pushup_ready", "1 while the node is ready for polls, else 0.", float(self.ready))
+        yield _by_label("pushup_polls_ended", "Polls ended, by what ended them.", "reason", self.answers)
+        yield _by_label("pushup_requests_refused", "Requests answered with an error, by code.", "code", self.refused)
+        yield _by_label(
+            "pushup_requests",
+            "Requests, by the side that served them.",
+            "side",
+            {"lane": self.requests_lane, "web": self.requests_web},
+        )
+        yield CounterMetricFamily("pushup_connections_opened", "Client connections accepted.", self.connections_opened)
+        yield CounterMetricFamily("pushup_messages_delivered", "Messages in answers.", self.messages_delivered)
+        yield _by_label(
+            "pushup_publications",
+            "Publications made through this node, by outcome.",
+            "outcome",
+            {
+                "stored": self.publications,
+                "duplicate": self.publications_duplicate,
+                "refused": self.publications_refused,
+            },
+        )
+        yield CounterMetricFamily("pushup_broker_reads", "Channels read from the broker.", self.broker_reads)
+        yield CounterMetricFamily("pushup_broker_read_errors", "Reads that failed.", self.broker_read_errors)
+        yield self.lag.family("pushup_delivery_lag_seconds", "From a message's id to its answer being written.")
+        yield self.loop_lag.family("pushup_event_loop_lag_seconds", "How late the event loop runs its timers.")
+
+
+def _by_label(name: str, documentation: str, label: str, values: Mapping[str, int]) -> Metric:
+    family = CounterMetricFamily(name, documentation, labels=[label])
+    for value, count in values.items():
+        family.add_metric([value], count)
+    return family

@@ -1,0 +1,222 @@
+"""One node on the event loop: joins the hub (who waits) with the broker (what was said), and owns the one timer."""
+
+import asyncio
+import logging
+import random
+from collections.abc import Sequence
+
+from pushup.broker import Broker, now_us
+from pushup.errors import ChannelNotFound, PushUpError, Unavailable
+from pushup.hub import Hub, Owner, Replies, Subscription
+from pushup.messages import Answer, Message, Poll, Publication, Receipt, show_channel
+from pushup.metrics import Metrics
+from pushup.settings import Settings
+
+log = logging.getLogger("pushup.node")
+
+HOUSEKEEPING_INTERVAL_S = 1.0
+DRAIN_STEP_S = 0.05
+
+
+class Node:
+    """Parks and answers polls, and is the broker's listener. Everything happens on one event loop."""
+
+    def __init__(self, broker: Broker, settings: Settings, metrics: Metrics) -> None:
+        self.broker = broker
+        self.settings = settings
+        self.metrics = metrics
+        self.draining = False
+        self._started = False
+        self._hub = Hub(
+            answer_bytes=settings.answer_bytes_max, backlog=settings.backlog_messages, linger=settings.linger
+        )
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
+        self._housekeeper: asyncio.TimerHandle | None = None
+        self._reading = False
+        self._reads: set[asyncio.Task[None]] = set()
+
+    @property
+    def parked(self) -> int:
+        """How many polls wait here."""
+        return self._hub.parked
+
+    @property
+    def ready(self) -> bool:
+        """Whether clients should be sent here."""
+        return self._started and not self.draining
+
+    @property
+    def watched(self) -> int:
+        """How many channels this node keeps a backlog of."""
+        return len(self._hub)
+
+    async def start(self) -> None:
+        """Connect to the broker."""
+        await self.broker.start(self)
+        self._started = True
+        self._housekeep()
+
+    async def stop(self) -> None:
+        """Let go of the broker. Polls that still wait are failed."""
+        for timer in (self._timer, self._housekeeper):
+            if timer is not None:
+                timer.cancel()
+        for task in self._reads:
+            task.cancel()
+        await asyncio.gather(*self._reads, return_exceptions=True)
+        await self.broker.stop()
+
+    # Polls
+
+    def poll(self, poll: Poll, owner: Owner) -> Answer | Subscription:
+        """Answer at once, or park: then `owner` is told later, once. O(log n)."""
+        hub = self._hub
+        now = self._loop.time()
+        if poll.timeout:
+            poll.timeout *= 1 - self.settings.poll_jitter * random.random()
+        hub.advance(self.broker.position())
+        result = hub.subscribe(poll, owner, now)
+        if isinstance(result, Answer):
+            self._count(result, 1)
+            return result
+        if hub.wanted:
+            self._read_soon()
+        elif self._timer is None or result.deadline < self._timer_at:
+            self._rearm()
+        return result
+
+    def leave(self, subscription: Subscription) -> None:
+        """The client has gone."""
+        if self._hub.leave(subscription, self._loop.time()):
+            self.metrics.answers["gone"] += 1
+
+    async def drain(self, window: float) -> None:
+        """Answer every parked poll with its cursor, spread evenly over `window` seconds. Polls may go on coming."""
+        self.draining = True
+        end = self._loop.time() + window
+        while self._hub.parked:
+            remaining = end - self._loop.time()
+            if remaining <= 0:
+                break
+            self._hub.advance(self.broker.position())
+            share = -(-self._hub.parked * DRAIN_STEP_S // remaining) if remaining > DRAIN_STEP_S else self._hub.parked
+            self._send(self._hub.drain(int(share), self._loop.time()))
+            await asyncio.sleep(min(DRAIN_STEP_S, remaining))
+        self._hub.advance(self.broker.position())
+        self._send(self._hub.drain(self._hub.parked, self._loop.time()))
+
+    # Publications
+
+    async def publish(self, publication: Publication) -> Receipt:
+        """Publish one message. Raises what the broker has against it."""
+        (result,) = await self.publish_all([publication])
+        if isinstance(result, PushUpError):
+            raise result
+        return result
+
+    async def publish_all(self, publications: Sequence[Publication]) -> Sequence[Receipt | PushUpError]:
+        """Publish in order; a result for each."""
+        results = await self.broker.publish(publications)
+        for result in results:
+            if isinstance(result, PushUpError):
+                self.metrics.publications_refused += 1
+            elif result.duplicate:
+                self.metrics.publications_duplicate += 1
+            else:
+                self.metrics.publications += 1
+        return results
+
+    # The broker's listener
+
+    def on_message(self, channel: str, message: Message, prev: int) -> None:
+        replies = self._hub.deliver(channel, message, prev, self._loop.time())
+        if replies:
+            self._send(replies, message)
+        if self._hub.wanted:
+            self._read_soon()
+
+    def on_closed(self, channel: str) -> None:
+        self._hub.advance(self.broker.position())
+        self._send(self._hub.close(channel, self._loop.time()))
+
+    def on_doubt(self) -> None:
+        self._hub.doubt()
+        if self._hub.wanted:
+            self._read_soon()
+
+    # Inside
+
+    def _send(self, replies: Replies, message: Message | None = None) -> None:
+        for answer, subscriptions in replies:
+            for subscription in subscriptions:
+                subscription.owner.answer(answer)
+            self._count(answer, len(subscriptions))
+            if message is not None:
+                self.metrics.lag.observe(max(now_us() - message.id, 0) / 1e6, len(subscriptions))
+
+    def _count(self, answer: Answer, times: int) -> None:
+        self.metrics.answers[answer.reason] += times
+        self.metrics.messages_delivered += len(answer.messages) * times
+
+    def _read_soon(self) -> None:
+        # On the next turn of the loop, so that all polls of this turn share one read.
+        if not self._reading:
+            self._reading = True
+            self._loop.call_soon(self._start_read)
+
+    def _start_read(self) -> None:
+        self._reading = False
+        task = self._loop.create_task(self._read())
+        self._reads.add(task)
+        task.add_done_callback(self._reads.discard)
+
+    async def _read(self) -> None:
+        wanted, self._hub.wanted = self._hub.wanted, {}
+        self.metrics.broker_reads += len(wanted)
+        try:
+            async with asyncio.timeout(self.settings.broker_timeout):
+                histories = await self.broker.watch(wanted)
+        except (PushUpError, TimeoutError) as error:
+            self.metrics.broker_read_errors += len(wanted)
+            log.warning("cannot read channels", extra={"channels": len(wanted), "error": str(error) or "time-out"})
+            for name in wanted:
+                self._fail(name, Unavailable("the broker did not answer in time"))
+            return
+        self._hub.advance(self.broker.position())
+        for name, history in histories.items():
+            if history is None:
+                self._fail(name, ChannelNotFound(show_channel(name)))
+            elif name not in self._hub:
+                self.broker.unwatch([name])
+            else:
+                self._send(self._hub.learn(name, history, self._loop.time()))
+        if self._hub.wanted:
+            self._read_soon()
+        self._rearm()
+
+    def _fail(self, name: str, error: PushUpError) -> None:
+        for subscription in self._hub.fail(name, self._loop.time()):
+            self.metrics.answers["error"] += 1
+            subscription.owner.fail(error)
+
+    def _rearm(self) -> None:
+        deadline = self._hub.next_deadline()
+        if deadline is not None and (self._timer is None or deadline < self._timer_at):
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer_at = deadline
+            self._timer = self._loop.call_at(deadline, self._expire)
+
+    def _expire(self) -> None:
+        self._timer = None
+        self._hub.advance(self.broker.position())
+        self._send(self._hub.expire(self._loop.time()))
+        self._rearm()
+
+    def _housekeep(self) -> None:
+        forgotten = self._hub.forget_idle(self._loop.time())
+        if forgotten:
+            self.broker.unwatch(forgotten)
+        self._housekeeper = self._loop.call_later(HOUSEKEEPING_INTERVAL_S, self._housekeep)

@@ -1,0 +1,155 @@
+"""A whole server: broker, node, both listeners; started, drained and stopped in the right order."""
+
+import asyncio
+import logging
+import signal
+from collections.abc import Callable
+from typing import Final
+
+from aiohttp import web
+
+from pushup.admin import make_admin_app
+from pushup.broker import Broker
+from pushup.demo import add_demo
+from pushup.errors import SettingsError
+from pushup.lane import Lane, Lanes
+from pushup.memory import MemoryBroker, Retention
+from pushup.metrics import Metrics
+from pushup.node import Node
+from pushup.settings import Settings, parse_address
+from pushup.web import WebConnection, make_app
+
+log = logging.getLogger("pushup.server")
+
+ACCEPT_BACKLOG: Final = 4096
+TICK_S: Final = 1.0
+FLUSH_TIMEOUT_S: Final = 5.0
+"""How long a client may take, at the end, to read what was written to it."""
+
+
+def make_broker(settings: Settings) -> Broker:
+    """The broker that the URL in the settings names."""
+    return MemoryBroker(
+        Retention(
+            ttl=settings.channel_ttl,
+            window=settings.channel_window,
+            max_messages=settings.channel_max_messages,
+            idempotency=settings.idempotency_window,
+            implicit=settings.channel_implicit,
+        )
+    )
+
+
+class Server:
+    """One PushUp process."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.address = ""
+        """HOST:PORT it serves on, with the real port if 0 was asked for."""
+        self.admin_address = ""
+        self.node: Node
+        self._lanes: Lanes
+        self._web: web.AppRunner
+        self._admin: web.AppRunner
+        self._listener: asyncio.Server
+        self._ticker: asyncio.TimerHandle | None = None
+        self._tick_due = 0.0
+
+    async def start(self) -> None:
+        """Listen and serve. Raises SettingsError if an address cannot be had."""
+        settings = self.settings
+        self.node = Node(make_broker(settings), settings, self.metrics)
+        app = make_app(self.node, settings.body_bytes_max, self.metrics)
+        if settings.demo:
+            add_demo(app)
+        self._web = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=FLUSH_TIMEOUT_S)
+        await self._web.setup()
+        self._lanes = Lanes(self.node, self._borrow)
+        self._admin = web.AppRunner(
+            make_admin_app(self.node, self.metrics, lambda: len(self._lanes.open)), access_log=None
+        )
+        await self._admin.setup()
+        await self.node.start()
+        loop = asyncio.get_running_loop()
+        self._listener = await _listen("listen", settings.listen, self._lanes)
+        admin_server = self._admin.server
+        assert admin_server is not None
+        self._admin_listener = await _listen("admin_listen", settings.admin_listen, admin_server)
+        self.address = _address(self._listener)
+        self.admin_address = _address(self._admin_listener)
+        self._tick_due = loop.time()
+        self._tick()
+
+    async def stop(self, window: float) -> None:
+        """Readiness off, parked polls answered over `window` seconds, requests finished, writes flushed, all closed."""
+        log.info("draining", extra={"parked": self.node.parked, "seconds": window})
+        self._lanes.closing = True
+        await self.node.drain(window)
+        self._listener.close()
+        self._lanes.close_idle()
+        await self._web.cleanup()
+        await self._flush()
+        await self.node.stop()
+        if self._ticker is not None:
+            self._ticker.cancel()
+        self._admin_listener.close()
+        await self._admin.cleanup()
+        log.info("stopped")
+
+    def _borrow(self, lane: Lane | None) -> WebConnection:
+        server = self._web.server
+        assert server is not None
+        return WebConnection(server, lane, self.settings.keepalive_timeout)
+
+    def _tick(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.metrics.loop_lag.observe(max(loop.time() - self._tick_due, 0.0))
+        self._lanes.tick()
+        self._tick_due = loop.time() + TICK_S
+        self._ticker = loop.call_at(self._tick_due, self._tick)
+
+    async def _flush(self) -> None:
+        deadline = asyncio.get_running_loop().time() + FLUSH_TIMEOUT_S
+        while self._lanes.open and asyncio.get_running_loop().time() < deadline:
+            self._lanes.close_idle()
+            await asyncio.sleep(0.01)
+        for lane in list(self._lanes.open):
+            lane.abort()
+
+
+async def _listen(name: str, text: str, factory: Callable[[], asyncio.BaseProtocol]) -> asyncio.Server:
+    address = parse_address(text)
+    try:
+        return await asyncio.get_running_loop().create_server(
+            factory, address.host, address.port, backlog=ACCEPT_BACKLOG, reuse_address=True
+        )
+    except OSError as error:
+        raise SettingsError(f"{name} = {text!r}: cannot listen there: {error.strerror}") from None
+
+
+def _address(listener: asyncio.Server) -> str:
+    host, port = listener.sockets[0].getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+async def serve(settings: Settings, announce: Callable[[Server], None]) -> None:
+    """Run until SIGTERM (drains over the drain window) or SIGINT (drains at once); a second signal stops short."""
+    stopping: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+    task = asyncio.current_task()
+    assert task is not None
+
+    def stop(window: float) -> None:
+        if stopping.done():
+            task.cancel()
+        else:
+            stopping.set_result(window)
+
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, stop, settings.drain_window)
+    loop.add_signal_handler(signal.SIGINT, stop, 0.0)
+    server = Server(settings)
+    await server.start()
+    announce(server)
+    await server.stop(await stopping)

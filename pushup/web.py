@@ -1,0 +1,252 @@
+"""The web side: everything that is not a plain poll, served by aiohttp. Complete by itself: it answers polls as well.
+
+`WebConnection` is aiohttp's own connection with two changes: it tells the lane when an answer is out, and what it says
+about malformed requests is a problem document like every other error.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from importlib.resources import files
+from typing import Any, Final
+
+import msgspec
+from aiohttp import web
+
+from pushup.errors import (
+    PROBLEM_TYPE,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    PushUpError,
+    TooLarge,
+)
+from pushup.lane import Lane
+from pushup.messages import Answer, parse_channel
+from pushup.metrics import Metrics
+from pushup.node import Node
+from pushup.wire import (
+    is_batch,
+    parse_channel_options,
+    parse_page,
+    parse_poll_body,
+    parse_poll_query,
+    parse_publication,
+    parse_publications,
+    parse_renewal,
+    show_info,
+    show_page,
+    show_receipt,
+)
+
+log = logging.getLogger("pushup.web")
+
+_FOREVER_S: Final = 1e8
+"""The keep-alive time of a web connection that a lane looks after."""
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class WebConnection(web.RequestHandler):
+    """aiohttp's connection, which may be on loan."""
+
+    __slots__ = ("_lane",)
+
+    def __init__(self, manager: web.Server, lane: Lane | None, keepalive_timeout: float) -> None:
+        super().__init__(
+            manager,
+            loop=asyncio.get_running_loop(),
+            keepalive_timeout=keepalive_timeout if lane is None else _FOREVER_S,
+            tcp_keepalive=False,
+            access_log=None,  # type: ignore[arg-type]
+            logger=log,
+        )
+        self._lane = lane
+
+    def release(self) -> None:
+        """End, without closing the transport."""
+        self._lane = None
+        self.transport = None
+        self.connection_lost(None)
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        resp, reset = await super().finish_response(request, resp, start_time)
+        if self._lane is not None:
+            self._lane.web_answered(bool(resp.keep_alive) and not reset)
+        return resp, reset
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """A problem document for what never reached a handler, and the end of the connection."""
+        if status >= 500:
+            log.error("a request failed", exc_info=exc)
+            error: PushUpError = PushUpError("something went wrong here; the log says what")
+        else:
+            error = InvalidRequest("the request is not well-formed HTTP")
+        response = _problem(error)
+        response.force_close()
+        return response
+
+
+def make_app(node: Node, settings_body_max: int, metrics: Metrics) -> web.Application:
+    """The application behind the public listener."""
+    api = _Api(node)
+
+    @web.middleware
+    async def say_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+        response: web.StreamResponse
+        try:
+            response = await handler(request)
+        except PushUpError as error:
+            metrics.count_refused(error)
+            response = _problem(error)
+        except web.HTTPException as error:
+            problem = _translate(error, request)
+            metrics.count_refused(problem)
+            response = _problem(problem)
+            if "Allow" in error.headers:
+                response.headers["Allow"] = error.headers["Allow"]
+        except Exception:
+            log.exception("a request failed", extra={"method": request.method, "path": request.path})
+            problem = PushUpError("something went wrong here; the log says what")
+            metrics.count_refused(problem)
+            response = _problem(problem)
+        response.headers.setdefault("Cache-Control", "no-store")
+        return response
+
+    async def hide_server(request: web.Request, response: web.StreamResponse) -> None:
+        response.headers.pop("Server", None)
+
+    app = web.Application(middlewares=[say_errors], client_max_size=settings_body_max)
+    app.on_response_prepare.append(hide_server)
+    app.router.add_get("/poll", api.poll_query)
+    app.router.add_post("/poll", api.poll_body)
+    app.router.add_post("/publish", api.publish)
+    app.router.add_get("/channels", api.channels)
+    app.router.add_post("/channels", api.create)
+    app.router.add_get("/channels/{channel}", api.describe)
+    app.router.add_delete("/channels/{channel}", api.close)
+    app.router.add_post("/channels/{channel}/renew", api.renew)
+    app.router.add_get("/openapi.json", api.openapi)
+    return app
+
+
+class _Waiter:
+    """A poll that waits on the web side."""
+
+    def __init__(self) -> None:
+        self.answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+
+    def answer(self, answer: Answer) -> None:
+        if not self.answered.done():
+            self.answered.set_result(answer)
+
+    def fail(self, error: PushUpError) -> None:
+        if not self.answered.done():
+            self.answered.set_exception(error)
+
+
+class _Api:
+    """The handlers. Each is what DESIGN.md says of its path."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._broker = node.broker
+        self._settings = node.settings
+        self._openapi = files("pushup").joinpath("openapi.json").read_bytes()
+
+    async def poll_query(self, request: web.Request) -> web.Response:
+        return await self._poll(parse_poll_query(request.rel_url.raw_query_string, self._settings))
+
+    async def poll_body(self, request: web.Request) -> web.Response:
+        if request.rel_url.raw_query_string:
+            raise InvalidRequest("a poll is in the query or in the body, not both")
+        return await self._poll(parse_poll_body(await self._body(request), self._settings))
+
+    async def _poll(self, poll: Any) -> web.Response:
+        waiter = _Waiter()
+        answer = self._node.poll(poll, waiter)
+        if not isinstance(answer, Answer):
+            subscription = answer
+            try:
+                answer = await waiter.answered
+            except asyncio.CancelledError:
+                self._node.leave(subscription)
+                raise
+        response = web.Response(body=answer.body, content_type="application/json")
+        if self._node.draining:
+            response.force_close()
+        return response
+
+    async def publish(self, request: web.Request) -> web.Response:
+        body = await self._body(request)
+        header = request.headers.get("Idempotency-Key")
+        if not is_batch(body):
+            receipt = await self._node.publish(parse_publication(body, self._settings, header))
+            return _json(show_receipt(receipt), 201)
+        if header is not None:
+            raise InvalidRequest("an array of publications has a key in each item, not an Idempotency-Key header")
+        parsed = parse_publications(body, self._settings)
+        results = iter(await self._node.publish_all([item for item in parsed if not isinstance(item, PushUpError)]))
+        return _json([show_receipt(item if isinstance(item, PushUpError) else next(results)) for item in parsed])
+
+    async def channels(self, request: web.Request) -> web.Response:
+        after, limit = parse_page(request.query.items())
+        return _json(show_page(await self._broker.channels(after, limit + 1), limit))
+
+    async def create(self, request: web.Request) -> web.Response:
+        name, options = parse_channel_options(await self._body(request))
+        return _json(show_info(await self._broker.create(name, options)), 201)
+
+    async def renew(self, request: web.Request) -> web.Response:
+        ttl = parse_renewal(await self._body(request))
+        return _json(show_info(await self._broker.renew(_channel(request), ttl)))
+
+    async def close(self, request: web.Request) -> web.Response:
+        await self._broker.close(_channel(request))
+        return web.Response(status=204)
+
+    async def describe(self, request: web.Request) -> web.Response:
+        return _json(show_info(await self._broker.describe(_channel(request))))
+
+    async def openapi(self, request: web.Request) -> web.Response:
+        return web.Response(body=self._openapi, content_type="application/json")
+
+    async def _body(self, request: web.Request) -> bytes:
+        try:
+            async with asyncio.timeout(self._settings.request_timeout):
+                return await request.read()
+        except TimeoutError:
+            raise InvalidRequest("the request's body did not come in time") from None
+
+
+def _channel(request: web.Request) -> str:
+    return parse_channel(request.match_info["channel"])
+
+
+def _json(value: Any, status: int = 200) -> web.Response:
+    return web.Response(body=msgspec.json.encode(value), status=status, content_type="application/json")
+
+
+def _problem(error: PushUpError) -> web.Response:
+    headers = {"Cache-Control": "no-store", **error.headers}
+    return web.Response(body=error.body(), status=error.status, content_type=PROBLEM_TYPE, headers=headers)
+
+
+def _translate(error: web.HTTPException, request: web.Request) -> PushUpError:
+    match error.status:
+        case 404:
+            return NotFound(f"there is nothing at {request.path[:200]}")
+        case 405:
+            return MethodNotAllowed(f"{request.path[:200]} does not take {request.method}")
+        case 413:
+            return TooLarge("the request's body is too large")
+        case _:
+            return InvalidRequest(error.reason)
