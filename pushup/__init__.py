@@ -1,3 +1,5 @@
 """PushUp: a long-polling push server that any web stack can put in front of its browsers."""
 
-__version__ = "0.1.0"
+from pushup.version import __version__
+
+__all__ = ["__version__"]

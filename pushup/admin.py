@@ -1,15 +1,21 @@
 """The admin listener: is the node alive, is it ready, what has it counted."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Awaitable, Callable
+
+from typing import Final
 
 import msgspec
 from aiohttp import web
 
-from pushup import __version__
+from pushup.version import __version__
+from pushup.errors import PROBLEM_TYPE, InvalidRequest, MethodNotAllowed, NotFound, PushUpError
 from pushup.metrics import CONTENT_TYPE, Metrics
 from pushup.node import Node
 
-INDEX = """\
+log = logging.getLogger("pushup.admin")
+
+INDEX: Final = """\
 PushUp {version}, admin listener
 
 /health/live    200 while the process turns
@@ -37,12 +43,40 @@ def make_admin_app(node: Node, metrics: Metrics, connections: Callable[[], int])
         metrics.ready = node.ready
         return web.Response(body=metrics.exposition(), headers={"Content-Type": CONTENT_TYPE})
 
-    app = web.Application()
+    app = web.Application(middlewares=[_say_errors])
     app.router.add_get("/", index)
     app.router.add_get("/health/live", live)
     app.router.add_get("/health/ready", ready)
     app.router.add_get("/metrics", metrics_text)
     return app
+
+
+@web.middleware
+async def _say_errors(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except web.HTTPNotFound:
+        return _problem(NotFound(f"there is nothing at {request.path[:200]}"))
+    except web.HTTPMethodNotAllowed as error:
+        response = _problem(MethodNotAllowed(f"{request.path[:200]} does not take {request.method}"))
+        response.headers["Allow"] = error.headers["Allow"]
+        return response
+    except web.HTTPException as error:
+        return _problem(InvalidRequest(error.reason))
+    except Exception:
+        log.exception("a request failed", extra={"method": request.method, "path": request.path})
+        return _problem(PushUpError("something went wrong here; the log says what"))
+
+
+def _problem(error: PushUpError) -> web.Response:
+    return web.Response(
+        body=error.body(),
+        status=error.status,
+        content_type=PROBLEM_TYPE,
+        headers={"Cache-Control": "no-store"},
+    )
 
 
 def _health(good: bool, output: str) -> web.Response:

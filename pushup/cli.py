@@ -2,13 +2,14 @@
 
 import argparse
 import asyncio
+import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from pushup import __version__
+from pushup.version import __version__
 from pushup.errors import PushUpError, SettingsError
 from pushup.logs import configure
 from pushup.server import Server, serve
@@ -17,7 +18,7 @@ from pushup.settings import ENV_PREFIX, FIELDS, Loaded, Settings, load, parse_ad
 EXIT_WRONG_SETTING: Final = 2
 
 GROUPS: Final = {
-    "where": ("listen", "admin_listen", "broker", "insecure", "demo"),
+    "addresses and broker": ("listen", "admin_listen", "broker", "insecure", "demo"),
     "polls": ("poll_timeout", "poll_timeout_max", "poll_jitter", "poll_channels_max", "answer_bytes_max"),
     "publications": ("message_bytes_max", "publish_channels_max", "publish_batch_max", "idempotency_window"),
     "channels": ("channel_ttl", "channel_window", "channel_max_messages", "channel_implicit"),
@@ -34,32 +35,48 @@ GROUPS: Final = {
 }
 
 EPILOG: Final = f"""\
-Every setting can be given as a flag (--poll-timeout 30), as an environment variable ({ENV_PREFIX}POLL_TIMEOUT=30),
-or in a TOML file (poll_timeout = 30); flags win over the environment, the environment over the file. The file is
-named by --config or {ENV_PREFIX}CONFIG. Durations are seconds, sizes bytes. `pushup config` with the same flags prints
-the values in force and where each comes from.
+Defaults are in brackets. Every setting can be given in three ways; the first of them wins:
+
+  a flag                    --poll-timeout 30
+  an environment variable   {ENV_PREFIX}POLL_TIMEOUT=30
+  a TOML file               poll_timeout = 30
+
+The file is named by --config or {ENV_PREFIX}CONFIG. `pushup config`, with the same flags, prints the settings in force
+and where each comes from. A wrong setting is named in a sentence, and the exit status is {EXIT_WRONG_SETTING}.
 """
+
+HELP_COLUMN: Final = 36
+"""Where the descriptions begin: beside the longest flag."""
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line; its flags are made from the settings."""
-    parser = argparse.ArgumentParser(prog="pushup", description="A long-polling push server.")
+    parser = argparse.ArgumentParser(
+        prog="pushup",
+        description="A long-polling push server.",
+        epilog="Try it: `pushup serve --demo`, then open http://127.0.0.1:8080 in two browsers.",
+    )
     parser.add_argument("--version", action="version", version=f"pushup {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     for command, help, description in (
         (
             "serve",
-            "run a node",
-            "Run a node until SIGTERM (polls are answered over --drain-window) or Ctrl-C (at once).",
+            "run a node; `pushup serve --help` lists every setting",
+            "Run a node until SIGTERM (parked polls are answered over --drain-window) or Ctrl-C (at once).",
         ),
-        ("config", "print the settings in force and their origins", "Print the settings in force, with their origins."),
+        (
+            "config",
+            "print the settings in force and where each comes from",
+            "Print the settings in force as a TOML file, with where each comes from. Passwords are left out.",
+        ),
     ):
         sub = commands.add_parser(
             command,
             help=help,
+            usage=f"pushup {command} [--config FILE] [--SETTING VALUE]...",
             description=description,
             epilog=EPILOG,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=HELP_COLUMN),
             allow_abbrev=False,
         )
         sub.add_argument("--config", metavar="FILE", help="a TOML file with settings")
@@ -74,10 +91,9 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
             field = FIELDS[name]
             help = f"{field.description} [{show(name, field.default)}]".replace("%", "%%")
             if isinstance(field.default, bool):
-                group.add_argument(field.flag, dest=name, nargs="?", const="true", metavar="BOOL", help=help)
+                group.add_argument(field.flag, dest=name, nargs="?", const="true", metavar=field.shown, help=help)
             else:
-                metavar = "|".join(field.choices) or type(field.default).__name__.upper().replace("STR", "TEXT")
-                group.add_argument(field.flag, dest=name, metavar=metavar, help=help)
+                group.add_argument(field.flag, dest=name, metavar=field.shown, help=help)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -126,8 +142,12 @@ def announce(server: Server) -> None:
 
 
 def print_settings(loaded: Loaded) -> None:
-    """One line per setting: name, value, origin."""
-    rows = [(name, show(name, getattr(loaded.settings, name)), loaded.origins[name]) for name in FIELDS]
-    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-    for name, value, origin in rows:
-        print(f"{name:{widths[0]}}  {value:{widths[1]}}  {origin}")
+    """The settings as TOML, one line for each, with its origin as a comment."""
+    lines = [(f"{name} = {_toml(name, getattr(loaded.settings, name))}", loaded.origins[name]) for name in FIELDS]
+    width = max(len(line) for line, _ in lines)
+    print("\n".join(f"{line:{width}}  # {origin}" for line, origin in lines))
+
+
+def _toml(name: str, value: Any) -> str:
+    text = show(name, value)
+    return json.dumps(text, ensure_ascii=False) if isinstance(value, str) else text

@@ -1,7 +1,7 @@
 """The head of an HTTP/1 request, read just far enough to decide which way it goes.
 
 A request that is plain HTTP and a poll stays on the express lane. Another one whose length is certain is lent to the
-web side and the connection comes back. Everything else (malformed, chunked, upgrades, strange versions) is the web
+web side and the connection comes back. Everything else (malformed, chunked, WebSocket, strange versions) is the web
 side's for good, which answers or refuses it by its own parser: two parsers never have to agree on where a body ends.
 """
 
@@ -46,9 +46,21 @@ class Way(Enum):
 class Head:
     """A parsed head. `query` is None unless the way is POLL; `length` is the body's, in bytes."""
 
-    __slots__ = ("complete", "headers", "http10", "keep_alive", "length", "method", "query", "target", "way")
+    __slots__ = (
+        "_parser",
+        "complete",
+        "headers",
+        "http10",
+        "keep_alive",
+        "length",
+        "method",
+        "query",
+        "target",
+        "way",
+    )
 
     def __init__(self) -> None:
+        self._parser: httptools.HttpRequestParser | None = None
         self.headers: list[tuple[bytes, bytes]] = []
         self.complete = False
         self.target = b""
@@ -59,6 +71,17 @@ class Head:
         self.http10 = False
         self.way = Way.HAND_OVER
 
+    def feed(self, data: bytes) -> httptools.HttpRequestParser:
+        """Have the data parsed. Raises HttpParserError."""
+        parser = self._parser = httptools.HttpRequestParser(self)
+        try:
+            parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            pass  # A server may ignore the offer of another protocol, and this one ignores all but WebSocket.
+        finally:
+            self._parser = None
+        return parser
+
     # httptools calls these.
 
     def on_url(self, url: bytes) -> None:
@@ -68,15 +91,16 @@ class Head:
         self.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
+        assert self._parser is not None
         self.complete = True
+        self.keep_alive = self._parser.should_keep_alive()  # By the end of the message it has forgotten.
 
 
 def is_malformed(data: bytes) -> bool:
     """Whether the beginning of a head is already wrong, so that waiting for the rest is pointless. O(n)."""
-    parser = httptools.HttpRequestParser(Head())
     try:
-        parser.feed_data(data)
-    except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+        Head().feed(data)
+    except httptools.HttpParserError:
         return True
     return False
 
@@ -84,10 +108,9 @@ def is_malformed(data: bytes) -> bool:
 def parse_head(data: bytes) -> Head:
     """Parse a whole head, from its first byte to the blank line inclusive. Never raises; O(n)."""
     head = Head()
-    parser = httptools.HttpRequestParser(head)
     try:
-        parser.feed_data(data)
-    except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+        parser = head.feed(data)
+    except httptools.HttpParserError:
         return head
     if not head.complete:
         return head
@@ -101,7 +124,8 @@ def parse_head(data: bytes) -> Head:
         return head
     if not _UNUSUAL.isdisjoint(headers) or len(head.headers) > HEADERS_MAX:
         return head
-    head.keep_alive = parser.should_keep_alive()
+    if b"upgrade" in headers and _offers_websocket(head.headers):
+        return head
     head.method = parser.get_method()
     if head.method == b"CONNECT":
         return head
@@ -128,3 +152,7 @@ def parse_head(data: bytes) -> Head:
 def _repeats_a_singleton(headers: list[tuple[bytes, bytes]]) -> bool:
     names = [name for name, _ in headers if name in _SINGLETONS]
     return len(names) != len(set(names))
+
+
+def _offers_websocket(headers: list[tuple[bytes, bytes]]) -> bool:
+    return any(b"websocket" in value.lower() for name, value in headers if name == b"upgrade")

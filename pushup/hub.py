@@ -7,8 +7,8 @@ delivers them. What the hub does not know it puts into `wanted`; the caller asks
 Three rules keep the promise:
 
 * A subscription is registered before its channels are read, so nothing falls between the two.
-* It is answered only while *all* its channels are known up to date (`Channel.known`): a cursor that moves on past one
-  channel's news must not pass another's that is still on its way.
+* It is answered only while *all* its channels are known up to date (`Channel.known`), and only as far as they all are
+  (`Channel.position`): a cursor that moves on past one channel's news must not pass another's that is still on its way.
 * Answering deletes nothing. The cursor of the next poll is the acknowledgement.
 """
 
@@ -62,7 +62,18 @@ class Subscription:
 class Channel:
     """What this node knows of one channel, and who waits for it here."""
 
-    __slots__ = ("backlog", "early", "known", "max_messages", "name", "parked", "unsure", "window")
+    __slots__ = (
+        "backlog",
+        "doubts",
+        "early",
+        "known",
+        "max_messages",
+        "name",
+        "parked",
+        "position",
+        "unsure",
+        "window",
+    )
 
     def __init__(self, name: str, floor: int) -> None:
         self.name = name
@@ -72,10 +83,25 @@ class Channel:
         self.backlog = Backlog(floor, whole=False)
         self.known = False
         """Whether the backlog holds every message the channel had since `backlog.floor`."""
+        self.doubts = 0
+        """How often `known` ceased to be true. A read that was begun before the last time proves nothing."""
+        self.position = 0
+        """Up to here it did when it was read, which may be ahead of what was announced to other channels."""
         self.early: list[tuple[Message, int]] = []
         """(message, prev) pairs that came while the channel was being read."""
         self.window = 0.0
         self.max_messages = 0
+
+
+class Read:
+    """A channel that the broker must be asked for, from the id `start` on."""
+
+    __slots__ = ("channel", "doubts", "start")
+
+    def __init__(self, channel: Channel, start: int) -> None:
+        self.channel = channel
+        self.start = start
+        self.doubts = channel.doubts
 
 
 Replies = Sequence[tuple[Answer, Sequence[Subscription]]]
@@ -103,11 +129,13 @@ class Hub:
         self._ticks: SortedDict[int, set[Subscription]] = SortedDict()
         self._idle: dict[Channel, float] = {}
         """Channels nobody waits for, the longest idle first, with the time they became so."""
+        self._held: set[Subscription] = set()
+        """Parked, though one of their channels has a message: the others have not been announced as far yet."""
         self.position = 0
-        """Every message of a known channel with a smaller id has been delivered; later ones have at least this id."""
+        """Every message of a known channel with a smaller id has been delivered; what comes later is not smaller."""
         self.parked = 0
-        self.wanted: dict[str, int] = {}
-        """Channels that somebody must read from the broker, each with the id to read from. The caller empties it."""
+        self.wanted: dict[str, Read] = {}
+        """What somebody must read from the broker, by channel name. The caller takes it and leaves an empty one."""
 
     def __len__(self) -> int:
         """How many channels are kept."""
@@ -116,10 +144,12 @@ class Hub:
     def __contains__(self, name: str) -> bool:
         return name in self._channels
 
-    def advance(self, position: int) -> None:
-        """The broker says: every message below `position` has been delivered here, and every later one is above."""
-        if position > self.position:
-            self.position = position
+    def advance(self, position: int, now: float) -> Replies:
+        """The broker says: every message below `position` has been delivered here, and no later one is below. O(1)."""
+        if position <= self.position:
+            return ()
+        self.position = position
+        return self._settle(self._held, now) if self._held else ()
 
     # Subscribing
 
@@ -168,14 +198,14 @@ class Hub:
 
     # What the broker says
 
-    def learn(self, name: str, history: History, now: float) -> Replies:
-        """The broker was read for a channel in `wanted`: merge with what came meanwhile, reply to those who waited.
+    def learn(self, read: Read, history: History, now: float) -> Replies:
+        """A read from `wanted` was answered: merge with what came meanwhile, reply to those who waited.
 
         `history` is whole or reaches down to the id that was wanted. O(messages + polls of the channel).
         """
-        channel = self._channels.get(name)
-        if channel is None:
+        if not self.holds(read):
             return ()
+        channel = read.channel
         channel.window = history.window
         channel.max_messages = history.max_messages
         had = channel.backlog
@@ -190,40 +220,56 @@ class Hub:
             for message in had.range(history.tail + 1, MAX_ID):
                 channel.backlog.append(message)
         channel.known = True
+        channel.position = history.position
         early, channel.early = channel.early, []
         for message, prev in early:
             if message.id > channel.backlog.tail:
                 if prev > channel.backlog.tail:
-                    return self._doubt(channel)
+                    self._doubt(channel)
+                    return ()
                 channel.backlog.append(message)
-        return self._settle(channel, now)
+        ready = []
+        if channel.backlog.tail > had.tail:
+            # Read ahead of its announcement, which will not be news any more when it comes.
+            ready = [subscription for subscription in channel.parked if not subscription.unknown]
+        waited, channel.unsure = channel.unsure, set()
+        for subscription in waited:
+            if channel.backlog.covers(subscription.start):
+                subscription.unknown -= 1
+                if not subscription.unknown:
+                    ready.append(subscription)
+            else:
+                channel.unsure.add(subscription)
+                self._want(channel, subscription.start)
+        return self._settle(ready, now)
 
     def deliver(self, name: str, message: Message, prev: int, now: float) -> Replies:
         """A message was published to the channel; `prev` is the id of the one before it there.
 
-        A message the channel already has is ignored. One that does not follow on the last means that something was
-        missed: the channel is wanted again, and its polls wait until it is known. O(polls of the channel).
+        A message that does not follow on the last means that something was missed: the channel is wanted again, and
+        its polls wait until it is known. One that was read before it is announced is not new, but polls may have been
+        held until all their channels had come as far. O(polls of the channel).
         """
+        # Not id + 1: the same message may still have to be delivered to another of its channels.
+        replies = self.advance(message.id, now)
         channel = self._channels.get(name)
         if channel is None:
-            return ()
+            return replies
+        backlog = channel.backlog
         if not channel.known:
             self._keep_early(channel, message, prev)
-            self.advance(message.id + 1)
-            return ()
-        backlog = channel.backlog
-        if message.id <= backlog.tail:
-            return ()
-        if prev > backlog.tail:
-            self._keep_early(channel, message, prev)
-            return self._doubt(channel)
-        backlog.append(message)
-        self.advance(message.id + 1)
-        self._trim(channel, channel.max_messages)
-        if backlog.trim(self._backlog, 0):
-            # This node's own limit, not the channel's: the broker still has what was dropped here.
-            backlog.whole = False
-        return self._answer_message(channel, message, now) if channel.parked else ()
+        elif message.id > backlog.tail:
+            if prev > backlog.tail:
+                self._doubt(channel)
+                return replies
+            backlog.append(message)
+            self._trim(channel, channel.max_messages)
+            if backlog.trim(self._backlog, 0):
+                # This node's own limit, not the channel's: the broker still has what was dropped here.
+                backlog.whole = False
+            if channel.parked:
+                return [*replies, *self._answer_message(channel, message, now)]
+        return replies
 
     def close(self, name: str, now: float) -> Replies:
         """The channel was closed. Every poll of it ends, and what is known of it is forgotten. O(its polls)."""
@@ -234,15 +280,15 @@ class Hub:
         self._forget(channel)
         return replies
 
-    def fail(self, name: str, now: float) -> Sequence[Subscription]:
-        """A wanted channel cannot be read: the subscriptions that waited for it, no longer parked. O(their number)."""
-        channel = self._channels.get(name)
-        if channel is None:
-            return ()
-        failed = list(channel.unsure)
+    def holds(self, read: Read) -> bool:
+        """Whether the answer to this read is still of use. O(1)."""
+        return self._channels.get(read.channel.name) is read.channel and read.doubts == read.channel.doubts
+
+    def fail(self, read: Read, now: float) -> Sequence[Subscription]:
+        """A read from `wanted` failed: the subscriptions that waited for it, no longer parked. O(their number)."""
+        failed = list(read.channel.unsure) if self.holds(read) else []
         for subscription in failed:
             self._remove(subscription, now)
-        channel.early.clear()
         return failed
 
     def doubt(self) -> None:
@@ -291,7 +337,8 @@ class Hub:
         self.wanted.pop(channel.name, None)
 
     def _want(self, channel: Channel, start: int) -> None:
-        self.wanted[channel.name] = min(start, self.wanted.get(channel.name, start))
+        read = self.wanted.get(channel.name)
+        self.wanted[channel.name] = Read(channel, min(start, read.start) if read else start)
 
     def _tick(self, subscription: Subscription, now: float) -> int:
         timeout = subscription.timeout
@@ -314,6 +361,8 @@ class Hub:
     def _remove(self, subscription: Subscription, now: float) -> None:
         self.parked -= 1
         self._ignore_deadline(subscription)
+        if self._held:
+            self._held.discard(subscription)
         for channel in subscription.channels:
             channel.parked.discard(subscription)
             if subscription.unknown:
@@ -327,33 +376,27 @@ class Hub:
         if len(channel.early) > self._backlog:
             del channel.early[0]
 
-    def _doubt(self, channel: Channel) -> Replies:
+    def _doubt(self, channel: Channel) -> None:
+        channel.doubts += 1
         # What is here stays true: reading on from the tail is enough, unless somebody waits for older messages.
         self._want(channel, channel.backlog.tail + 1)
         channel.known = False
+        channel.early.clear()
         for subscription in channel.parked - channel.unsure:
             if not subscription.unknown:
                 self._ignore_deadline(subscription)
             subscription.unknown += 1
             channel.unsure.add(subscription)
-        return ()
+            self._held.discard(subscription)
 
     def _trim(self, channel: Channel, count: int) -> None:
         """Drop what the channel itself has dropped by now."""
         channel.backlog.trim(count, self.position - int(channel.window * 1e6))
 
-    def _settle(self, channel: Channel, now: float) -> Replies:
-        """The channel is known: reply to those who waited for nothing else, park the rest."""
+    def _settle(self, subscriptions: Iterable[Subscription], now: float) -> Replies:
+        """Reply to those of these parked subscriptions, all of known channels, for which there is something to say."""
         replies: list[tuple[Answer, Sequence[Subscription]]] = []
-        unsure, channel.unsure = channel.unsure, set()
-        for subscription in unsure:
-            if not channel.backlog.covers(subscription.start):
-                channel.unsure.add(subscription)
-                self._want(channel, subscription.start)
-                continue
-            subscription.unknown -= 1
-            if subscription.unknown:
-                continue
+        for subscription in list(subscriptions):
             answer = self._answer_now(subscription)
             if answer is None:
                 self._await_deadline(subscription)
@@ -365,6 +408,12 @@ class Hub:
     def _answer_now(self, subscription: Subscription) -> Answer | None:
         """What there is to say to a subscription whose channels are all known; None: nothing yet."""
         start, end = subscription.start, subscription.end
+        held = False
+        if len(subscription.channels) > 1:
+            known = min([max(channel.position - 1, self.position) for channel in subscription.channels])
+            if known < end:
+                end = known
+                held = any(channel.backlog.tail > known for channel in subscription.channels)
         gap = False
         found: list[Message] = []
         for channel in subscription.channels:
@@ -380,8 +429,10 @@ class Hub:
             # Past every floor, or the next poll would be told of the same gap at once.
             beyond = max(channel.backlog.floor for channel in subscription.channels)
             return Answer((), max(self._next(subscription), beyond), "gap", gap=True)
-        if subscription.timeout <= 0 or self.position > end:
+        if subscription.timeout <= 0 or self.position > subscription.end:
             return Answer((), self._next(subscription), "timeout")
+        if held:
+            self._held.add(subscription)
         return None
 
     def _answer_messages(self, subscription: Subscription, found: list[Message], gap: bool) -> Answer:
@@ -420,6 +471,8 @@ class Hub:
 
     def _next(self, subscription: Subscription) -> int:
         """The cursor after an answer without messages. An `end` that has passed is passed by it."""
+        if subscription.unknown:
+            return subscription.start
         return max(subscription.start, min(self.position, subscription.end + 1))
 
     def _end(self, ended: Iterable[Subscription], reason: str, now: float, *, closed: str | None = None) -> Replies:

@@ -173,7 +173,7 @@ class Lane(asyncio.Protocol):
             self._feed(data)
         elif self._state != CLOSED:
             self._buffer += data
-            if len(self._buffer) > AHEAD_BYTES_MAX:
+            if self._full:
                 self._transport.pause_reading()
 
     def pause_writing(self) -> None:
@@ -196,14 +196,17 @@ class Lane(asyncio.Protocol):
         return self._state == READING and not self._buffer
 
     def is_late(self, idle_since: float, slow_since: float) -> bool:
-        """Whether the client took too long: to ask, to finish asking, or to read."""
-        if self._stuck or (self._state == LENT and self._body_left):
+        """Whether the client took too long: to ask, to finish asking, or to read. Lent requests are the web side's."""
+        if self._stuck:
             return self._since < slow_since
-        return self._state == READING and self._since < (slow_since if self._buffer else idle_since)
+        if self._state == READING:
+            return self._since < (slow_since if self._buffer else idle_since)
+        return self._state != PARKED and self._transport.is_closing() and self._since < slow_since
 
     def close(self) -> None:
         """Close once what was written is out."""
         self._state = CLOSED
+        self._since = self._lanes.loop.time()
         self._transport.close()
 
     def abort(self) -> None:
@@ -232,16 +235,18 @@ class Lane(asyncio.Protocol):
         if self._state != LENT or self._answered:
             # Two answers to one request: the two sides disagree on what was one request.
             self.abort()
-        elif not keep_alive:
-            self._state = CLOSED  # The web side closes the transport.
-        else:
+        elif keep_alive:
             self._answered = True
             self._take_back()
+        else:
+            # The web side closes the transport, as soon as the rest of the body has come.
+            self._since = self._lanes.loop.time()
 
     # Inside
 
     def _read(self, data: bytes) -> None:
         """Serve the requests in `data`, up to one that has to wait for something."""
+        size = len(data)
         while data and self._state == READING and not self._stuck:
             if data[0] in b"\r\n":  # Blank lines before a request are allowed, and mean nothing.
                 data = data.lstrip(b"\r\n")
@@ -265,6 +270,8 @@ class Lane(asyncio.Protocol):
                 break
             body, data = data[end:total], data[total:]
             self._poll(head, body)
+        if data and len(data) < size:
+            self._since = self._lanes.loop.time()  # Here the next request began.
         self._buffer = data
 
     def _read_on(self) -> None:
@@ -277,9 +284,14 @@ class Lane(asyncio.Protocol):
     def _read_buffer(self) -> None:
         if self._state == READING and not self._stuck:
             data, self._buffer = self._buffer, b""
-            if len(data) > AHEAD_BYTES_MAX:
-                self._transport.resume_reading()
             self._read(data)
+            if len(data) > AHEAD_BYTES_MAX and not self._full:
+                self._transport.resume_reading()
+
+    @property
+    def _full(self) -> bool:
+        """Whether the client has sent enough ahead. What a request still needs is never too much."""
+        return len(self._buffer) > AHEAD_BYTES_MAX and (self._state != READING or self._stuck)
 
     def _poll(self, head: Head, body: bytes) -> None:
         lanes = self._lanes

@@ -1,5 +1,6 @@
 """Structured logs: one line per event, as logfmt text or as JSON, with the fields given by `extra`."""
 
+import json
 import logging
 import sys
 from datetime import UTC, datetime
@@ -18,11 +19,17 @@ def configure(level: str, form: str) -> None:
 
 
 class TextFormatter(logging.Formatter):
-    """`2026-01-02T03:04:05.678Z info pushup.node: what happened key=value`"""
+    """`2026-01-02T03:04:05.678Z info pushup.node: what happened key=value`; a traceback follows on lines of its own.
+
+    What cannot be printed is escaped: nothing a client sends can forge a line or command a terminal.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         fields = "".join(f" {name}={_text(value)}" for name, value in _fields(record).items())
-        line = f"{_time(record)} {record.levelname.lower()} {record.name}: {record.getMessage()}{fields}"
+        message = record.getMessage()
+        if not message.isprintable():
+            message = json.dumps(message)
+        line = f"{_time(record)} {record.levelname.lower()} {record.name}: {message}{fields}"
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
@@ -39,7 +46,10 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             event["exception"] = self.formatException(record.exc_info)
-        return msgspec.json.encode(event, enc_hook=str).decode()
+        try:
+            return msgspec.json.encode(event, enc_hook=str).decode()
+        except UnicodeEncodeError:  # A lone surrogate, as the names of files may have.
+            return json.dumps(event, default=str)
 
 
 def _time(record: logging.LogRecord) -> str:
@@ -52,4 +62,6 @@ def _fields(record: logging.LogRecord) -> dict[str, Any]:
 
 def _text(value: Any) -> str:
     text = str(value)
-    return msgspec.json.encode(text).decode() if not text or any(c in text for c in ' "\n\r\t=') else text
+    if text and text.isprintable() and not any(char in text for char in ' "='):
+        return text
+    return json.dumps(text, ensure_ascii=not text.isprintable())

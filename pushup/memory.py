@@ -102,14 +102,16 @@ class MemoryStore:
                 return None
             self._watched.add(name)
             tail = self._closed.get(name, 0)
-            return History(
-                (), max(tail + 1, self._floor), tail, True, self._retention.window, self._retention.max_messages
-            )
+            floor = max(tail + 1, self._floor)
+            keep = self._retention
+            return History((), floor, tail, self.position(now), True, keep.window, keep.max_messages)
         self._watched.add(name)
         channel.trim(now)
         backlog = channel.backlog
         messages = backlog.range(0, MAX_ID)
-        return History(messages, backlog.floor, backlog.tail, True, channel.window, channel.max_messages)
+        return History(
+            messages, backlog.floor, backlog.tail, self.position(now), True, channel.window, channel.max_messages
+        )
 
     def unwatch(self, name: str) -> None:
         self._watched.discard(name)

@@ -196,12 +196,14 @@ class History(msgspec.Struct, frozen=True):
     """What a broker knows of one channel at one moment.
 
     `messages` are sorted by id and are all those from `floor` on; `whole` says that nothing below `floor` can be had
-    any more. `tail` is the id of the last message ever published (0: none), kept or not.
+    any more. `tail` is the id of the last message ever published (0: none), kept or not. `position` is above every id
+    the realm had given by that moment: a message of this channel below it is here or gone.
     """
 
     messages: Sequence[Message]
     floor: int
     tail: int
+    position: int
     whole: bool
     window: float
     max_messages: int

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from pushup.broker import Broker, now_us
 from pushup.errors import ChannelNotFound, PushUpError, Unavailable
-from pushup.hub import Hub, Owner, Replies, Subscription
+from pushup.hub import Hub, Owner, Read, Replies, Subscription
 from pushup.messages import Answer, Message, Poll, Publication, Receipt, show_channel
 from pushup.metrics import Metrics
 from pushup.settings import Settings
@@ -76,7 +76,7 @@ class Node:
         now = self._loop.time()
         if poll.timeout:
             poll.timeout *= 1 - self.settings.poll_jitter * random.random()
-        hub.advance(self.broker.position())
+        self._advance(now)
         result = hub.subscribe(poll, owner, now)
         if isinstance(result, Answer):
             self._count(result, 1)
@@ -100,11 +100,11 @@ class Node:
             remaining = end - self._loop.time()
             if remaining <= 0:
                 break
-            self._hub.advance(self.broker.position())
+            self._advance(self._loop.time())
             share = -(-self._hub.parked * DRAIN_STEP_S // remaining) if remaining > DRAIN_STEP_S else self._hub.parked
             self._send(self._hub.drain(int(share), self._loop.time()))
             await asyncio.sleep(min(DRAIN_STEP_S, remaining))
-        self._hub.advance(self.broker.position())
+        self._advance(self._loop.time())
         self._send(self._hub.drain(self._hub.parked, self._loop.time()))
 
     # Publications
@@ -138,7 +138,7 @@ class Node:
             self._read_soon()
 
     def on_closed(self, channel: str) -> None:
-        self._hub.advance(self.broker.position())
+        self._advance(self._loop.time())
         self._send(self._hub.close(channel, self._loop.time()))
 
     def on_doubt(self) -> None:
@@ -147,6 +147,11 @@ class Node:
             self._read_soon()
 
     # Inside
+
+    def _advance(self, now: float) -> None:
+        replies = self._hub.advance(self.broker.position(), now)
+        if replies:
+            self._send(replies)
 
     def _send(self, replies: Replies, message: Message | None = None) -> None:
         for answer, subscriptions in replies:
@@ -173,31 +178,32 @@ class Node:
         task.add_done_callback(self._reads.discard)
 
     async def _read(self) -> None:
-        wanted, self._hub.wanted = self._hub.wanted, {}
-        self.metrics.broker_reads += len(wanted)
+        reads, self._hub.wanted = self._hub.wanted, {}
+        self.metrics.broker_reads += len(reads)
         try:
             async with asyncio.timeout(self.settings.broker_timeout):
-                histories = await self.broker.watch(wanted)
+                histories = await self.broker.watch({name: read.start for name, read in reads.items()})
         except (PushUpError, TimeoutError) as error:
-            self.metrics.broker_read_errors += len(wanted)
-            log.warning("cannot read channels", extra={"channels": len(wanted), "error": str(error) or "time-out"})
-            for name in wanted:
-                self._fail(name, Unavailable("the broker did not answer in time"))
+            self.metrics.broker_read_errors += len(reads)
+            log.warning("cannot read channels", extra={"channels": len(reads), "error": str(error) or "time-out"})
+            for read in reads.values():
+                self._fail(read, Unavailable("the broker did not answer in time"))
             return
-        self._hub.advance(self.broker.position())
-        for name, history in histories.items():
+        self._advance(self._loop.time())
+        for name, read in reads.items():
+            history = histories[name]
             if history is None:
-                self._fail(name, ChannelNotFound(show_channel(name)))
+                self._fail(read, ChannelNotFound(show_channel(name)))
             elif name not in self._hub:
                 self.broker.unwatch([name])
             else:
-                self._send(self._hub.learn(name, history, self._loop.time()))
+                self._send(self._hub.learn(read, history, self._loop.time()))
         if self._hub.wanted:
             self._read_soon()
         self._rearm()
 
-    def _fail(self, name: str, error: PushUpError) -> None:
-        for subscription in self._hub.fail(name, self._loop.time()):
+    def _fail(self, read: Read, error: PushUpError) -> None:
+        for subscription in self._hub.fail(read, self._loop.time()):
             self.metrics.answers["error"] += 1
             subscription.owner.fail(error)
 
@@ -211,7 +217,7 @@ class Node:
 
     def _expire(self) -> None:
         self._timer = None
-        self._hub.advance(self.broker.position())
+        self._advance(self._loop.time())
         self._send(self._hub.expire(self._loop.time()))
         self._rearm()
 

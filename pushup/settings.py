@@ -4,12 +4,14 @@
 `pushup config` are made from it.
 """
 
+import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NamedTuple, get_args, get_type_hints
-from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta
@@ -19,10 +21,34 @@ from pushup.messages import MAX_ID
 
 ENV_PREFIX: Final = "PUSHUP_"
 
-Seconds = Annotated[float, Meta(ge=0, le=1e9)]
-PositiveSeconds = Annotated[float, Meta(gt=0, le=1e9)]
-Count = Annotated[int, Meta(ge=1, le=MAX_ID)]
-Fraction = Annotated[float, Meta(ge=0, le=0.5)]
+# Each kind says what its values must be, and what `--help` shows in their place.
+Switch = Annotated[bool, Meta(extra={"must": "be true or false (or yes and no, on and off, 1 and 0)", "shown": "BOOL"})]
+Listen = Annotated[str, Meta(extra={"must": "be HOST:PORT in quotes", "shown": "HOST:PORT"})]
+Url = Annotated[str, Meta(extra={"must": "be a URL in quotes", "shown": "URL"})]
+Seconds = Annotated[
+    float, Meta(ge=0, le=1e9, extra={"must": "be a number of seconds, 0 to 1000000000", "shown": "SECONDS"})
+]
+PositiveSeconds = Annotated[
+    float, Meta(gt=0, le=1e9, extra={"must": "be a number of seconds, above 0, up to 1000000000", "shown": "SECONDS"})
+]
+Fraction = Annotated[float, Meta(ge=0, le=0.5, extra={"must": "be a number, 0 to 0.5", "shown": "FRACTION"})]
+Count = Annotated[int, Meta(ge=1, le=MAX_ID, extra={"must": "be a whole number, at least 1", "shown": "NUMBER"})]
+Bytes = Annotated[
+    int, Meta(ge=1, le=MAX_ID, extra={"must": "be a whole number of bytes, at least 1", "shown": "BYTES"})
+]
+
+_PASSWORD: Final = re.compile(r"(^(?:[^:/?#]*://)?[^:/?#@]*:)(?s:.*)(?=@)|(password=)[^&]*")
+
+_SWITCH_WORDS: Final = {
+    **dict.fromkeys(("true", "yes", "on", "1"), True),
+    **dict.fromkeys(("false", "no", "off", "0"), False),
+}
+
+_ADDRESS: Final = re.compile(r"(?:\[(?P<v6>[^\[\]\s]+)\]|(?P<host>[A-Za-z0-9._-]*)):(?P<port>[0-9]{1,5})")
+
+# Kubernetes sets these in every container beside a service whose name begins with pushup, and Docker's links do.
+_SERVICE: Final = re.compile(r"(.*_)?(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
+_SERVICE_URL: Final = re.compile(r"(tcp|udp|sctp)://")
 
 
 class Address(NamedTuple):
@@ -37,81 +63,86 @@ class Address(NamedTuple):
     @property
     def loopback(self) -> bool:
         """Whether only this machine can reach it."""
-        return self.host in ("localhost", "::1") or self.host.startswith("127.")
+        try:
+            return ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
 
 
 def parse_address(text: str) -> Address:
-    """`HOST:PORT`, `[V6]:PORT` or `:PORT` (every interface). Raises ValueError with a sentence."""
+    """`HOST:PORT`, `[V6]:PORT` or `:PORT` (every interface). Raises ValueError with the rest of a sentence."""
+    match = _ADDRESS.fullmatch(text)
+    if match is None:
+        raise ValueError("it must be HOST:PORT, or [HOST]:PORT for IPv6")
+    port = int(match["port"])
+    if port > 65535:
+        raise ValueError("a port is at most 65535")
+    if match["v6"] is None:
+        return Address(match["host"] or "0.0.0.0", port)
     try:
-        parts = urlsplit(f"//{text}")
-        port = parts.port
-    except ValueError as error:
-        raise ValueError(f"{text!r} is not HOST:PORT ({error})") from None
-    if port is None or parts.path or parts.query or parts.fragment or "@" in text:
-        raise ValueError(f"{text!r} is not HOST:PORT")
-    return Address(parts.hostname or "0.0.0.0", port)
+        return Address(str(ip_address(match["v6"])), port)
+    except ValueError:
+        raise ValueError(f"{match['v6']} is not an IPv6 address") from None
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Every setting, validated. Durations are seconds, sizes bytes."""
 
-    listen: Annotated[str, Meta(description="HOST:PORT that clients and publishers connect to")] = "127.0.0.1:8080"
-    admin_listen: Annotated[str, Meta(description="HOST:PORT for health, metrics and administration")] = (
+    listen: Annotated[Listen, Meta(description="where clients and publishers connect")] = "127.0.0.1:8080"
+    admin_listen: Annotated[Listen, Meta(description="where health, metrics and administration are served")] = (
         "127.0.0.1:8081"
     )
-    broker: Annotated[str, Meta(description="where messages are kept: memory:// (one node, gone when it stops)")] = (
+    broker: Annotated[Url, Meta(description="where messages are kept; memory:// is this process, for one node")] = (
         "memory://"
     )
-    insecure: Annotated[bool, Meta(description="allow listening beyond this machine although access is open")] = False
-    demo: Annotated[bool, Meta(description="serve the question board at /")] = False
+    insecure: Annotated[Switch, Meta(description="allow listening beyond this machine although access is open")] = False
+    demo: Annotated[Switch, Meta(description="serve the question board at /")] = False
 
-    poll_timeout: Annotated[Seconds, Meta(description="how long a poll waits that does not say")] = 25.0
-    poll_timeout_max: Annotated[Seconds, Meta(description="the longest a poll may wait; longer is cut to this")] = 120.0
-    poll_jitter: Annotated[Fraction, Meta(description="fraction by which waits are shortened, at random")] = 0.05
-    poll_channels_max: Annotated[Count, Meta(description="channels in one poll")] = 100
-    answer_bytes_max: Annotated[Count, Meta(description="bytes of messages in one answer; the first always fits")] = (
-        1024 * 1024
-    )
+    poll_timeout: Annotated[Seconds, Meta(description="how long a poll waits that names no timeout")] = 25.0
+    poll_timeout_max: Annotated[Seconds, Meta(description="the longest a poll may wait; more is cut to this")] = 120.0
+    poll_jitter: Annotated[Fraction, Meta(description="waits are shortened by up to this, at random")] = 0.05
+    poll_channels_max: Annotated[Count, Meta(description="most channels in one poll")] = 100
+    answer_bytes_max: Annotated[
+        Bytes, Meta(description="most bytes of messages in one answer; the first always fits")
+    ] = 1024 * 1024
 
-    message_bytes_max: Annotated[Count, Meta(description="bytes of one message's data")] = 64 * 1024
-    publish_channels_max: Annotated[Count, Meta(description="channels of one publication")] = 100
-    publish_batch_max: Annotated[Count, Meta(description="publications in one request")] = 1000
+    message_bytes_max: Annotated[Bytes, Meta(description="most bytes of data in one message")] = 64 * 1024
+    publish_channels_max: Annotated[Count, Meta(description="most channels of one publication")] = 100
+    publish_batch_max: Annotated[Count, Meta(description="most publications in one request")] = 1000
     idempotency_window: Annotated[Seconds, Meta(description="how long a publication's key is remembered")] = 300.0
 
-    channel_ttl: Annotated[PositiveSeconds, Meta(description="a channel without publications closes after this")] = (
+    channel_ttl: Annotated[PositiveSeconds, Meta(description="a channel nobody publishes to closes after this")] = (
         3600.0
     )
     channel_window: Annotated[Seconds, Meta(description="how long a channel's messages are kept")] = 300.0
-    channel_max_messages: Annotated[Count, Meta(description="how many of a channel's messages are kept")] = 1000
-    channel_implicit: Annotated[bool, Meta(description="a named channel comes into being when first published to")] = (
-        True
-    )
+    channel_max_messages: Annotated[Count, Meta(description="most messages kept of one channel")] = 1000
+    channel_implicit: Annotated[
+        Switch, Meta(description="a named channel comes into being when first published to")
+    ] = True
 
-    backlog_messages: Annotated[Count, Meta(description="messages of a watched channel kept on the node")] = 1000
+    backlog_messages: Annotated[Count, Meta(description="most messages this node keeps of a watched channel")] = 1000
     linger: Annotated[Seconds, Meta(description="how long a channel stays watched after its last poll")] = 60.0
-
-    body_bytes_max: Annotated[Count, Meta(description="bytes of a request's body")] = 4 * 1024 * 1024
-    request_timeout: Annotated[PositiveSeconds, Meta(description="time to send a whole request")] = 15.0
+    body_bytes_max: Annotated[Bytes, Meta(description="most bytes in the body of one request")] = 4 * 1024 * 1024
+    request_timeout: Annotated[PositiveSeconds, Meta(description="how long a client may take to send a request")] = 15.0
     keepalive_timeout: Annotated[PositiveSeconds, Meta(description="idle connections are closed after this")] = 75.0
     broker_timeout: Annotated[PositiveSeconds, Meta(description="how long to wait for the broker")] = 5.0
-    drain_window: Annotated[Seconds, Meta(description="on SIGTERM, answer parked polls spread over this time")] = 10.0
+    drain_window: Annotated[Seconds, Meta(description="on SIGTERM, parked polls are answered over this time")] = 10.0
 
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Meta(description="least severity that is logged")
     ] = "info"
-    log_format: Annotated[Literal["text", "json"], Meta(description="one line per event: logfmt text, or JSON")] = (
-        "text"
-    )
+    log_format: Annotated[Literal["text", "json"], Meta(description="form of each event, one line")] = "text"
 
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """One setting as people meet it."""
+    """One setting as people meet it. `must` is the rest of "it must …"; `shown` stands for a value of it."""
 
     name: str
     default: Any
     description: str
-    choices: tuple[str, ...]
+    must: str
+    shown: str
 
     @property
     def flag(self) -> str:
@@ -127,9 +158,14 @@ def _fields() -> Mapping[str, Field]:
     found = {}
     for info in msgspec.structs.fields(Settings):
         kind, *metas = get_args(hints[info.name])
-        description = next(meta.description for meta in reversed(metas) if meta.description)
-        choices = get_args(kind) if getattr(kind, "__origin__", None) is Literal else ()
-        found[info.name] = Field(info.name, info.default, description, choices)
+        description = next(meta.description for meta in metas if meta.description)
+        words = next((meta.extra for meta in metas if meta.extra), None)
+        if words is None:
+            *others, last = get_args(kind)
+            choices = f"{', '.join(others)} or {last}"
+            description += f": {choices}"
+            words = {"must": f"be {choices}", "shown": info.name.rpartition("_")[2].upper()}
+        found[info.name] = Field(info.name, info.default, description, words["must"], words["shown"])
     return found
 
 
@@ -154,20 +190,32 @@ def load(flags: Mapping[str, str], environment: Mapping[str, str], file: Path | 
     if file is not None:
         for name, value in _read_file(file).items():
             if name not in FIELDS:
-                raise SettingsError(f"{name} in {file} is not a setting")
-            values[name], origins[name] = value, str(file)
-    for variable, value in environment.items():
-        if variable.startswith(ENV_PREFIX) and variable != f"{ENV_PREFIX}CONFIG":
-            name = variable.removeprefix(ENV_PREFIX).lower()
-            if name not in FIELDS:
-                raise SettingsError(f"{variable} in the environment is not a setting")
-            values[name], origins[name] = value, variable
-    for name, value in flags.items():
-        values[name], origins[name] = value, FIELDS[name].flag
-    converted = {name: _convert(name, value, origins[name]) for name, value in values.items()}
-    settings = Settings(**converted)
+                raise SettingsError(f"{name} in {file} is not a setting{_hint(name.lower(), FIELDS)}")
+            values[name], origins[name] = _convert(name, value, str(file)), str(file)
+    for variable, text in environment.items():
+        if not variable.startswith(ENV_PREFIX) or variable == f"{ENV_PREFIX}CONFIG" or _is_service(variable, text):
+            continue
+        name = variable.removeprefix(ENV_PREFIX).lower()
+        if name not in FIELDS or variable != FIELDS[name].variable:
+            hint = _hint(variable.upper(), [field.variable for field in FIELDS.values()])
+            raise SettingsError(f"{variable} in the environment is not a setting{hint}")
+        values[name], origins[name] = _convert(name, text, variable, text=True), variable
+    for name, text in flags.items():
+        flag = FIELDS[name].flag
+        values[name], origins[name] = _convert(name, text, flag, text=True), flag
+    settings = Settings(**values)
     _check(settings, origins)
     return Loaded(settings, origins)
+
+
+def _is_service(variable: str, value: str) -> bool:
+    name = variable.removeprefix(ENV_PREFIX)
+    return _SERVICE.fullmatch(name) is not None or (name.endswith("PORT") and _SERVICE_URL.match(value) is not None)
+
+
+def _hint(name: str, names: Iterable[str]) -> str:
+    near = get_close_matches(name, names, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _read_file(file: Path) -> dict[str, Any]:
@@ -176,17 +224,23 @@ def _read_file(file: Path) -> dict[str, Any]:
             return tomllib.load(stream)
     except OSError as error:
         raise SettingsError(f"cannot read the settings file {file}: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:
         raise SettingsError(f"the settings file {file} is not TOML: {error}") from None
 
 
-def _convert(name: str, value: Any, origin: str) -> Any:
+def _convert(name: str, value: Any, origin: str, *, text: bool = False) -> Any:
+    given = value
+    if text and isinstance(FIELDS[name].default, bool):
+        given = _SWITCH_WORDS.get(value.lower(), value)
     try:
-        converted = msgspec.convert({name: value}, Settings, strict=not isinstance(value, str))
-    except msgspec.ValidationError as error:
-        reason = str(error).partition(" - at ")[0]
-        raise SettingsError(f"{name} = {value!r} (from {origin}) is wrong: {reason}") from None
-    return getattr(converted, name)
+        return getattr(msgspec.convert({name: given}, Settings, strict=not text), name)
+    except msgspec.ValidationError:
+        raise _wrong(name, value, origin, f"it must {FIELDS[name].must}") from None
+
+
+def _wrong(name: str, value: Any, origin: str, why: str) -> SettingsError:
+    shown = show(name, value)
+    return SettingsError(f"{name} = {repr(shown) if isinstance(value, str) else shown} (from {origin}) is wrong: {why}")
 
 
 def _check(settings: Settings, origins: Mapping[str, str]) -> None:
@@ -195,7 +249,7 @@ def _check(settings: Settings, origins: Mapping[str, str]) -> None:
         try:
             address = parse_address(value)
         except ValueError as error:
-            raise SettingsError(f"{name} = {value!r} (from {origins[name]}) is wrong: {error}") from None
+            raise _wrong(name, value, origins[name], str(error)) from None
         if not address.loopback and not settings.insecure:
             raise SettingsError(
                 f"{name} = {value!r} (from {origins[name]}) would let other machines in, and access is open: anyone "
@@ -203,21 +257,19 @@ def _check(settings: Settings, origins: Mapping[str, str]) -> None:
                 "or say --insecure if the network itself keeps strangers out"
             )
     if settings.broker != "memory://":
-        raise SettingsError(
-            f"broker = {show('broker', settings.broker)!r} (from {origins['broker']}) is wrong: "
-            "this version knows memory:// only"
-        )
+        raise _wrong("broker", settings.broker, origins["broker"], "this version knows memory:// only")
     if settings.poll_timeout > settings.poll_timeout_max:
+        timeout, most = show("poll_timeout", settings.poll_timeout), show("poll_timeout_max", settings.poll_timeout_max)
         raise SettingsError(
-            f"poll_timeout = {settings.poll_timeout} (from {origins['poll_timeout']}) is above "
-            f"poll_timeout_max = {settings.poll_timeout_max} (from {origins['poll_timeout_max']})"
+            f"poll_timeout = {timeout} (from {origins['poll_timeout']}) is above "
+            f"poll_timeout_max = {most} (from {origins['poll_timeout_max']})"
         )
 
 
 def show(name: str, value: Any) -> str:
     """The value as text, without the password a broker's URL may hold."""
-    if name == "broker" and isinstance(value, str) and "@" in value:
-        scheme, _, rest = value.partition("://")
-        credentials, _, place = rest.rpartition("@")
-        return f"{scheme}://{credentials.partition(':')[0]}:***@{place}"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return _PASSWORD.sub(r"\1\2***", str(value)) if name == "broker" else str(value)

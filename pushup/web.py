@@ -59,19 +59,26 @@ class WebConnection(web.RequestHandler):
             keepalive_timeout=keepalive_timeout if lane is None else _FOREVER_S,
             tcp_keepalive=False,
             access_log=None,  # type: ignore[arg-type]
+            auto_decompress=False,
             logger=log,
         )
         self._lane = lane
 
     def release(self) -> None:
-        """End, without closing the transport."""
+        """End, without closing the transport, which goes on being read."""
         self._lane = None
-        self.transport = None
+        transport, self.transport = self.transport, None
         self.connection_lost(None)
+        if transport is not None:
+            transport.resume_reading()
 
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
+        if isinstance(resp, web.HTTPException):
+            # Raised where no middleware is: the client expects something unheard of, and may hold its body back.
+            resp = _problem(InvalidRequest(resp.text or resp.reason))
+            resp.force_close()
         resp, reset = await super().finish_response(request, resp, start_time)
         if self._lane is not None:
             self._lane.web_answered(bool(resp.keep_alive) and not reset)
@@ -91,6 +98,7 @@ class WebConnection(web.RequestHandler):
         else:
             error = InvalidRequest("the request is not well-formed HTTP")
         response = _problem(error)
+        response.headers["Server"] = "PushUp"  # Else aiohttp tells its name and version; no hook hides them here.
         response.force_close()
         return response
 
@@ -119,6 +127,8 @@ def make_app(node: Node, settings_body_max: int, metrics: Metrics) -> web.Applic
             metrics.count_refused(problem)
             response = _problem(problem)
         response.headers.setdefault("Cache-Control", "no-store")
+        if node.draining:
+            response.force_close()
         return response
 
     async def hide_server(request: web.Request, response: web.StreamResponse) -> None:
@@ -131,9 +141,9 @@ def make_app(node: Node, settings_body_max: int, metrics: Metrics) -> web.Applic
     app.router.add_post("/publish", api.publish)
     app.router.add_get("/channels", api.channels)
     app.router.add_post("/channels", api.create)
-    app.router.add_get("/channels/{channel}", api.describe)
-    app.router.add_delete("/channels/{channel}", api.close)
-    app.router.add_post("/channels/{channel}/renew", api.renew)
+    app.router.add_get("/channels/{channel:[^/]+}", api.describe)
+    app.router.add_delete("/channels/{channel:[^/]+}", api.close)
+    app.router.add_post("/channels/{channel:[^/]+}/renew", api.renew)
     app.router.add_get("/openapi.json", api.openapi)
     return app
 
@@ -180,10 +190,7 @@ class _Api:
             except asyncio.CancelledError:
                 self._node.leave(subscription)
                 raise
-        response = web.Response(body=answer.body, content_type="application/json")
-        if self._node.draining:
-            response.force_close()
-        return response
+        return web.Response(body=answer.body, content_type="application/json")
 
     async def publish(self, request: web.Request) -> web.Response:
         body = await self._body(request)
@@ -220,6 +227,8 @@ class _Api:
         return web.Response(body=self._openapi, content_type="application/json")
 
     async def _body(self, request: web.Request) -> bytes:
+        if request.headers.get("Content-Encoding", "identity") != "identity":
+            raise InvalidRequest("a request's body is sent as it is, without a Content-Encoding")
         try:
             async with asyncio.timeout(self._settings.request_timeout):
                 return await request.read()

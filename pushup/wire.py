@@ -1,11 +1,12 @@
 """From bytes to words and back: the JSON and query forms of requests, shared by the lane and the web side.
 
 Parsing is strict. Whatever is unknown, missing, out of range or of the wrong type raises InvalidParameter or
-InvalidRequest with a sentence that names it.
+InvalidRequest with a sentence that names it. A member that is left out takes its default; null is a wrong type.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Annotated, Any
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, Final, TypeVar
 from urllib.parse import unquote_to_bytes
 
 import msgspec
@@ -20,38 +21,69 @@ from pushup.messages import (
     Poll,
     Publication,
     Receipt,
+    is_integer,
     parse_channel,
     show_channel,
 )
 from pushup.settings import Settings
 
-KEY_BYTES_MAX = 255
+KEY_LENGTH_MAX: Final = 255
+SECONDS_MAX: Final = 1_000_000_000
+NAME_SHOWN_MAX: Final = 100
+"""Of an unknown parameter's name an error shows this many characters."""
 
-_DECIMAL = frozenset("0123456789")
+_NUMBER: Final = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
+_LIMIT: Final = re.compile(r"[1-9][0-9]{0,3}")
+_HEADER_KEY: Final = re.compile(rf"[ -~]{{1,{KEY_LENGTH_MAX}}}")
+_HALF_SURROGATE: Final = re.compile(rb"(?<!\\)(\\\\)*\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])")
+
+# What msgspec says of an object that is not as it should be.
+_PLACE: Final = re.compile(r" - at `\$\.(\w+)")
+_MISSING: Final = re.compile(r"Object missing required field `(\w+)`")
+_UNKNOWN: Final = re.compile(r"Object contains unknown field `(.*)`\Z", re.DOTALL)
+
+_T = TypeVar("_T")
+
+_IS: Final[Mapping[str, str]] = {
+    "channels": "an array of channels: a string for a named one, an integer for one that was handed out",
+    "start": f"an id between 0 and {MAX_ID}, or latest",
+    "end": f"an id between 0 and {MAX_ID}",
+    "timeout": f"a number of seconds between 0 and {SECONDS_MAX}",
+    "data": "the message, any JSON value",
+    "key": f"a string of 1 to {KEY_LENGTH_MAX} characters",
+    "name": "a string: the name of the channel to create",
+    "ttl": f"a number of seconds above 0, up to {SECONDS_MAX}",
+    "window": f"a number of seconds between 0 and {SECONDS_MAX}",
+    "max_messages": f"an integer between 1 and {MAX_ID}",
+}
+"""What each parameter is: the sentence for whoever sent something else."""
+
+_Seconds = Annotated[float, Meta(ge=0, le=SECONDS_MAX)]
+_PositiveSeconds = Annotated[float, Meta(gt=0, le=SECONDS_MAX)]
 
 
 class _PollBody(msgspec.Struct, forbid_unknown_fields=True):
     channels: list[str | int]
     start: int | str = 0
-    end: int | None = None
-    timeout: float | None = None
+    end: int = MAX_ID
+    timeout: _Seconds | UnsetType = UNSET
 
 
 class _PublicationBody(msgspec.Struct, forbid_unknown_fields=True):
     channels: list[str | int]
     data: Raw
-    key: str | None = None
+    key: str | UnsetType = UNSET
 
 
 class _ChannelBody(msgspec.Struct, forbid_unknown_fields=True):
     name: str | UnsetType = UNSET
-    ttl: Annotated[float, Meta(gt=0, le=1e9)] | None = None
-    window: Annotated[float, Meta(ge=0, le=1e9)] | None = None
-    max_messages: Annotated[int, Meta(ge=1, le=MAX_ID)] | None = None
+    ttl: _PositiveSeconds | UnsetType = UNSET
+    window: _Seconds | UnsetType = UNSET
+    max_messages: Annotated[int, Meta(ge=1, le=MAX_ID)] | UnsetType = UNSET
 
 
 class _RenewBody(msgspec.Struct, forbid_unknown_fields=True):
-    ttl: Annotated[float, Meta(gt=0, le=1e9)] | None = None
+    ttl: _PositiveSeconds | UnsetType = UNSET
 
 
 _poll_body = msgspec.json.Decoder(_PollBody)
@@ -59,10 +91,11 @@ _publication_body = msgspec.json.Decoder(_PublicationBody)
 _raw_list = msgspec.json.Decoder(list[Raw])
 _channel_body = msgspec.json.Decoder(_ChannelBody)
 _renew_body = msgspec.json.Decoder(_RenewBody)
+_anything = msgspec.json.Decoder()
 
 
 def parse_poll_query(query: str, settings: Settings) -> Poll:
-    """A poll from a URL's raw query: `channel=a&channel=b&start=N&end=M&timeout=25`."""
+    """A poll from a URL's raw query: `channel=a&channel=b&start=N&end=M&timeout=25`. Numbers are written as in JSON."""
     channels: list[str] = []
     start: int = 0
     end: int = MAX_ID
@@ -75,44 +108,53 @@ def parse_poll_query(query: str, settings: Settings) -> Poll:
         if name == "channel":
             channels.append(parse_channel(value))
             continue
+        if not pair:
+            continue
         if name in seen:
             raise InvalidParameter(name, f"{name} is given more than once")
         seen.add(name)
         if name == "start":
             start = LATEST if value == "latest" else _parse_id("start", value)
         elif name == "timeout":
-            timeout = _parse_seconds(value)
+            timeout = _parse_seconds("timeout", value)
         elif name == "end":
             end = _parse_id("end", value)
-        elif pair:
-            raise InvalidParameter(name, f"{name[:100]!r} is not a parameter of a poll")
-    return _poll(channels, start, end, timeout, settings)
+        else:
+            raise _unknown(name, "poll")
+    return _poll("channel", channels, start, end, timeout, settings)
 
 
 def parse_poll_body(body: bytes, settings: Settings) -> Poll:
     """A poll from a JSON object: `{"channels":["a","b"],"start":N,"end":M,"timeout":25}`."""
-    fields = _decode(_poll_body, body)
-    if isinstance(fields.start, str):
-        if fields.start != "latest":
-            raise InvalidParameter("start", f"start is an id between 0 and {MAX_ID}, or latest")
+    fields: _PollBody = _decode(_poll_body, body, "poll")
+    if not isinstance(fields.start, str):
+        start = _check_id("start", fields.start)
+    elif fields.start == "latest":
         start = LATEST
     else:
-        start = _check_id("start", fields.start)
-    end = MAX_ID if fields.end is None else _check_id("end", fields.end)
-    timeout = settings.poll_timeout if fields.timeout is None else _check_seconds(fields.timeout)
-    return _poll([parse_channel(name) for name in fields.channels], start, end, timeout, settings)
+        raise _wrong("start")
+    end = _check_id("end", fields.end)
+    timeout = settings.poll_timeout if fields.timeout is UNSET else fields.timeout
+    return _poll("channels", _channels(fields.channels), start, end, timeout, settings)
 
 
-def _poll(channels: list[str], start: int, end: int, timeout: float, settings: Settings) -> Poll:
+def _poll(parameter: str, channels: list[str], start: int, end: int, timeout: float, settings: Settings) -> Poll:
     if not channels:
-        raise InvalidParameter("channel", "a poll names at least one channel")
+        raise InvalidParameter(parameter, "a poll names at least one channel")
     if len(channels) > 1:
-        channels = list(dict.fromkeys(channels))
         if len(channels) > settings.poll_channels_max:
-            raise InvalidParameter("channel", f"a poll names at most {settings.poll_channels_max} channels")
+            raise InvalidParameter(parameter, f"a poll names at most {settings.poll_channels_max} channels")
+        channels = list(dict.fromkeys(channels))
     if start > end:
         raise InvalidParameter("start", "start lies after end, so the range is empty")
     return Poll(tuple(channels), start, end, min(timeout, settings.poll_timeout_max))
+
+
+def _channels(names: Iterable[str | int], parameter: str = "channels") -> list[str]:
+    try:
+        return [parse_channel(name) for name in names]
+    except InvalidParameter as error:
+        raise InvalidParameter(parameter, error.detail) from None
 
 
 def _unquote(text: str) -> str:
@@ -127,33 +169,22 @@ def _unquote(text: str) -> str:
 
 
 def _parse_id(parameter: str, text: str) -> int:
-    # int() itself takes signs, underscores, blanks and other scripts' digits.
-    if not text or len(text) > 16 or not _DECIMAL.issuperset(text):
-        raise InvalidParameter(parameter, _id_sentence(parameter))
+    # int() itself takes signs, underscores, blanks, leading zeros and other scripts' digits.
+    if not (text.isascii() and text.isdigit()) or len(text) > len(str(MAX_ID)) or (text[0] == "0" and text != "0"):
+        raise _wrong(parameter)
     return _check_id(parameter, int(text))
 
 
 def _check_id(parameter: str, value: int) -> int:
     if not 0 <= value <= MAX_ID:
-        raise InvalidParameter(parameter, _id_sentence(parameter))
+        raise _wrong(parameter)
     return value
 
 
-def _id_sentence(parameter: str) -> str:
-    return f"{parameter} is an id between 0 and {MAX_ID}" + (", or latest" if parameter == "start" else "")
-
-
-def _parse_seconds(text: str) -> float:
-    whole, _, fraction = text.partition(".")
-    digits = whole + fraction
-    if not digits or len(text) > 20 or not _DECIMAL.issuperset(digits):
-        raise InvalidParameter("timeout", "timeout is a number of seconds, 0 or more")
-    return float(text)
-
-
-def _check_seconds(value: float) -> float:
-    if not 0 <= value < 1e20:
-        raise InvalidParameter("timeout", "timeout is a number of seconds, 0 or more")
+def _parse_seconds(parameter: str, text: str) -> float:
+    # float() itself takes nan, inf, underscores, blanks and other scripts' digits.
+    if not _NUMBER.fullmatch(text) or not 0 <= (value := float(text)) <= SECONDS_MAX:
+        raise _wrong(parameter)
     return value
 
 
@@ -164,30 +195,42 @@ def is_batch(body: bytes) -> bool:
 
 def parse_publication(body: bytes, settings: Settings, key: str | None = None) -> Publication:
     """A publication from a JSON object: `{"channels":["a"],"data":…,"key":"…"}`; `key` is the one a header gave."""
-    fields = _decode(_publication_body, body)
+    fields: _PublicationBody = _decode(_publication_body, body, "publication")
     if not fields.channels:
         raise InvalidParameter("channels", "a publication names at least one channel")
-    channels = tuple(dict.fromkeys([parse_channel(name) for name in fields.channels]))
-    if len(channels) > settings.publish_channels_max:
+    if len(fields.channels) > settings.publish_channels_max:
         raise InvalidParameter("channels", f"a publication names at most {settings.publish_channels_max} channels")
+    channels = tuple(dict.fromkeys(_channels(fields.channels)))
     data = bytes(fields.data)
     if len(data) > settings.message_bytes_max:
         raise TooLarge(f"data is {len(data)} bytes of JSON; the limit is {settings.message_bytes_max}")
-    _decode(msgspec.json, data)  # Raw leaves strings and numbers unchecked.
+    try:
+        _decode(_anything, data, "data")  # Raw leaves strings and numbers unchecked.
+    except InvalidRequest as error:
+        raise InvalidParameter("data", error.detail) from None
     if b"\n" in data or b"\r" in data:
         # Only ever white space between values. Without it a message is one line on every transport.
         data = data.replace(b"\n", b" ").replace(b"\r", b" ")
-    if fields.key is not None and key is not None and fields.key != key:
+    return Publication(channels, data, _key(fields.key, key))
+
+
+def _key(member: str | UnsetType, header: str | None) -> str | None:
+    if member is not UNSET and not 0 < len(member) <= KEY_LENGTH_MAX:
+        raise _wrong("key")
+    if header is None:
+        return None if member is UNSET else member
+    if not _HEADER_KEY.fullmatch(header):
+        raise InvalidParameter(
+            "Idempotency-Key", f"the Idempotency-Key header is 1 to {KEY_LENGTH_MAX} printable ASCII characters"
+        )
+    if member is not UNSET and member != header:
         raise InvalidParameter("key", "key and the Idempotency-Key header differ")
-    key = fields.key if key is None else key
-    if key is not None and not 0 < len(key.encode(errors="replace")) <= KEY_BYTES_MAX:
-        raise InvalidParameter("key", f"key is 1 to {KEY_BYTES_MAX} bytes long")
-    return Publication(channels, data, key)
+    return header
 
 
 def parse_publications(body: bytes, settings: Settings) -> list[Publication | PushUpError]:
     """The items of a JSON array of publications; an item that is wrong is its error, and spoils no other."""
-    items = _decode(_raw_list, body)
+    items: list[Raw] = _decode(_raw_list, body, "list of publications")
     if len(items) > settings.publish_batch_max:
         raise TooLarge(f"the array has {len(items)} publications; the limit is {settings.publish_batch_max}")
     parsed: list[Publication | PushUpError] = []
@@ -201,48 +244,82 @@ def parse_publications(body: bytes, settings: Settings) -> list[Publication | Pu
 
 def parse_channel_options(body: bytes) -> tuple[str | None, ChannelOptions]:
     """Name (None: an integer is wanted) and options of a channel to create. An empty body takes all defaults."""
-    fields = _decode(_channel_body, body or b"{}")
+    fields: _ChannelBody = _decode(_channel_body, body or b"{}", "channel")
     name = None
     if fields.name is not UNSET:
-        name = parse_channel(fields.name)
-        if name.isdecimal():
+        (name,) = _channels([fields.name], "name")
+        if is_integer(name):
             raise InvalidParameter("name", "a name of digits only is an integer channel, and those are handed out")
-    return name, ChannelOptions(fields.ttl, fields.window, fields.max_messages)
+    return name, ChannelOptions(_given(fields.ttl), _given(fields.window), _given(fields.max_messages))
 
 
 def parse_renewal(body: bytes) -> float | None:
     """The new ttl in seconds; None keeps the channel's own."""
-    fields: _RenewBody = _decode(_renew_body, body or b"{}")
-    return fields.ttl
+    fields: _RenewBody = _decode(_renew_body, body or b"{}", "renewal")
+    return _given(fields.ttl)
+
+
+def _given(value: _T | UnsetType) -> _T | None:
+    return None if isinstance(value, UnsetType) else value
 
 
 def parse_page(query: Iterable[tuple[str, str]], limit_max: int = 1000) -> tuple[str, int]:
     """`after` and `limit` of a listing."""
     after, limit = "", 100
+    seen = set()
     for name, value in query:
+        if name in seen:
+            raise InvalidParameter(name, f"{name} is given more than once")
+        seen.add(name)
         if name == "after":
             after = value
         elif name == "limit":
-            if not (1 <= len(value) <= 4 and _DECIMAL.issuperset(value) and 1 <= int(value) <= limit_max):
-                raise InvalidParameter("limit", f"limit is a number between 1 and {limit_max}")
+            if not _LIMIT.fullmatch(value) or int(value) > limit_max:
+                raise InvalidParameter("limit", f"limit is an integer between 1 and {limit_max}")
             limit = int(value)
         else:
-            raise InvalidParameter(name, f"{name[:100]!r} is not a parameter of a listing")
+            raise _unknown(name, "listing")
     return after, limit
 
 
-def _decode(decoder: Any, body: bytes) -> Any:
+def _wrong(parameter: str) -> InvalidParameter:
+    return InvalidParameter(parameter, f"{parameter} is {_IS[parameter]}")
+
+
+def _unknown(parameter: str, of: str) -> InvalidParameter:
+    shown = parameter[:NAME_SHOWN_MAX]
+    return InvalidParameter(shown, f"{shown!r} is not a parameter of a {of}")
+
+
+def _decode(decoder: msgspec.json.Decoder[Any], body: bytes, what: str) -> Any:
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
-        reason, _, place = str(error).partition(" - at ")
-        raise InvalidRequest(f"{reason} at {place.strip('`')}" if place else reason) from None
+        raise _explain(str(error), what) from None
     except msgspec.DecodeError as error:
-        raise InvalidRequest(str(error)) from None
+        reason = str(error).removeprefix("JSON is malformed: ")
+        if "surrogate" in reason or ("truncated" in reason and _HALF_SURROGATE.search(body)):
+            reason = "a \\u escape is one half of a surrogate pair, without the other"
+        elif "truncated" in reason:
+            reason = "it ends too soon" if body.strip() else "it is empty"
+        raise InvalidRequest(f"the {what} is not valid JSON: {reason}") from None
     except UnicodeDecodeError:
-        raise InvalidRequest("the body is not UTF-8") from None
+        raise InvalidRequest(f"the {what} is not valid JSON: a string is not UTF-8") from None
     except RecursionError:
-        raise InvalidRequest("the JSON is nested too deeply") from None
+        raise InvalidRequest(f"the {what} is nested too deeply") from None
+
+
+def _explain(reason: str, what: str) -> InvalidRequest:
+    """What msgspec says of well-formed JSON, in the API's own words."""
+    if unknown := _UNKNOWN.match(reason):
+        return _unknown(unknown[1], what)
+    if missing := _MISSING.match(reason):
+        return InvalidParameter(missing[1], f"{missing[1]} is missing: it is {_IS[missing[1]]}")
+    if (place := _PLACE.search(reason)) and place[1] in _IS:
+        return _wrong(place[1])
+    if "out of range" in reason:
+        return InvalidRequest(f"the {what} has a number that is too large")
+    return InvalidRequest(f"the {what} is not a JSON object")
 
 
 def show_receipt(result: Receipt | PushUpError) -> dict[str, Any]:

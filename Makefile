@@ -1,0 +1,58 @@
+# What people do with PushUp from a clone. `make` alone lists it.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help run test check format bench build clean
+
+help:
+	@echo "make run     a node on http://127.0.0.1:8080 with the demo page (ARGS='--help' shows the settings)"
+	@echo "make test    all tests, after installing what they need"
+	@echo "make check   types, lint, format"
+	@echo "make format  put the code into its form"
+	@echo "make bench   measure against Nchan, write loadtest/REPORT.md"
+	@echo "make build   the wheel, in dist/"
+
+run: $(VENV)/.run
+	$(BIN)/pushup serve --demo $(ARGS)
+
+test: $(VENV)/.dev
+	tests/install-debian.sh chromium chromium-driver
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev
+	tests/install-debian.sh nginx-light libnginx-mod-nchan
+	$(BIN)/python -m loadtest run --all
+	$(BIN)/python -m loadtest report
+
+build: $(VENV)/.dev
+	$(BIN)/python -m build
+
+clean:
+	rm -rf $(VENV) dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# A virtual environment needs Python 3.11 and its venv module, which Debian and Ubuntu ship apart.
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "PushUp needs Python 3.11 or newer; $(PYTHON) is older. Try: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || tests/install-debian.sh python3-venv
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --group dev
+	@touch $@

@@ -1,0 +1,85 @@
+"""A channel's recent messages."""
+
+import pytest
+
+from pushup.backlog import Backlog
+from pushup.messages import MAX_ID, Message
+
+
+def message(id: int) -> Message:
+    return Message(id, ("a",), b"%d" % id)
+
+
+def backlog(*ids: int, floor: int = 1) -> Backlog:
+    made = Backlog(floor)
+    for id in ids:
+        made.append(message(id))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "found"),
+    [
+        (0, MAX_ID, [10, 20, 30]),
+        (10, 30, [10, 20, 30]),
+        (11, 29, [20]),
+        (20, 20, [20]),
+        (21, 29, []),
+        (31, MAX_ID, []),
+        (0, 9, []),
+    ],
+)
+def test_range_includes_both_ends(start: int, end: int, found: list[int]) -> None:
+    """A range holds the messages with start <= id <= end, in order."""
+    assert [m.id for m in backlog(10, 20, 30).range(start, end)] == found
+
+
+def test_trim_by_count_keeps_the_newest() -> None:
+    """Trimming to a count drops the oldest and moves the floor just above the newest one dropped."""
+    messages = backlog(10, 20, 30)
+
+    dropped = messages.trim(2, before=0)
+
+    assert dropped == 1
+    assert (messages.first, messages.floor, messages.tail) == (20, 11, 30)
+
+
+def test_trim_by_age_drops_what_is_older() -> None:
+    """Trimming by age drops ids below the given one, and no other."""
+    messages = backlog(10, 20, 30)
+
+    dropped = messages.trim(3, before=30)
+
+    assert dropped == 2
+    assert (messages.first, messages.floor) == (30, 21)
+
+
+def test_trim_that_drops_nothing_moves_nothing() -> None:
+    """The floor says what was lost, so it stays when nothing was."""
+    messages = backlog(10, 20, floor=5)
+
+    assert messages.trim(2, before=10) == 0
+    assert messages.floor == 5
+
+
+def test_trimming_everything_keeps_the_tail() -> None:
+    """The tail is the last id ever appended, also when nothing is kept."""
+    messages = backlog(10, 20)
+
+    messages.trim(2, before=100)
+
+    assert (len(messages), messages.first, messages.tail, messages.floor) == (0, None, 20, 21)
+
+
+@pytest.mark.parametrize(("start", "gap"), [(0, False), (1, True), (4, True), (5, False), (6, False)])
+def test_gap_is_told_below_the_floor_only(start: int, gap: bool) -> None:
+    """A start below the floor may have missed something; 0 asks for what is cached and misses nothing."""
+    assert backlog(floor=5).gap(start) is gap
+
+
+def test_what_the_broker_still_has_is_not_covered() -> None:
+    """A backlog that is not whole covers ranges from its floor on; a whole one covers every range."""
+    part, whole = Backlog(5, whole=False), Backlog(5)
+
+    assert (part.covers(4), part.covers(5)) == (False, True)
+    assert whole.covers(0)

@@ -1,0 +1,352 @@
+"""The contract of `broker.Broker`, run against every broker there is."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from itertools import pairwise
+
+import pytest
+
+from pushup.broker import Broker
+from pushup.errors import ChannelExists, ChannelNotFound, KeyReused
+from pushup.memory import MemoryBroker, Retention
+from pushup.messages import ChannelOptions, History, Message, Publication, Receipt
+
+
+class Recorder:
+    """A listener that writes down what it hears."""
+
+    def __init__(self) -> None:
+        self.heard: list[tuple[str, int, int]] = []
+        self.closed: list[str] = []
+
+    def on_message(self, channel: str, message: Message, prev: int) -> None:
+        self.heard.append((channel, message.id, prev))
+
+    def on_closed(self, channel: str) -> None:
+        self.closed.append(channel)
+
+    def on_doubt(self) -> None:
+        raise AssertionError("nothing here gives reason for doubt")
+
+
+Started = AbstractAsyncContextManager[tuple[Broker, Recorder]]
+
+
+@asynccontextmanager
+async def memory(retention: Retention) -> AsyncIterator[tuple[Broker, Recorder]]:
+    broker, recorder = MemoryBroker(retention), Recorder()
+    await broker.start(recorder)
+    try:
+        yield broker, recorder
+    finally:
+        await broker.stop()
+
+
+BROKERS: dict[str, Callable[[Retention], Started]] = {"memory": memory}
+
+
+@pytest.fixture(params=BROKERS)
+def broker(request: pytest.FixtureRequest) -> Callable[..., Started]:
+    make = BROKERS[request.param]
+    return lambda **retention: make(Retention(**retention))
+
+
+Make = Callable[..., Started]
+
+
+def publication(*channels: str, data: bytes = b"1", key: str | None = None) -> Publication:
+    return Publication(channels, data, key)
+
+
+async def publish(broker: Broker, *channels: str, data: bytes = b"1", key: str | None = None) -> int:
+    (receipt,) = await broker.publish([publication(*channels, data=data, key=key)])
+    assert isinstance(receipt, Receipt), receipt
+    return receipt.id
+
+
+async def watch(broker: Broker, channel: str, start: int = 0) -> History:
+    history = (await broker.watch({channel: start}))[channel]
+    assert history is not None
+    return history
+
+
+async def test_ids_increase_over_all_channels(broker: Make) -> None:
+    """No two messages of a realm share an id, and later ones have larger ones."""
+    async with broker() as (store, _):
+        ids = [await publish(store, "ab"[n % 2]) for n in range(100)]
+
+        assert all(a < b for a, b in pairwise(ids))
+
+
+async def test_a_history_holds_what_was_published_before(broker: Make) -> None:
+    """Reading a channel yields its messages in order, with their data and all their channels."""
+    async with broker() as (store, _):
+        first, second = await publish(store, "a", data=b'{"x":1}'), await publish(store, "b", "a")
+
+        history = await watch(store, "a")
+
+        assert [(m.id, m.channels, m.data) for m in history.messages] == [
+            (first, ("a",), b'{"x":1}'),
+            (second, ("b", "a"), b"1"),
+        ]
+        assert (history.tail, history.whole) == (second, True)
+        assert history.position > second
+
+
+async def test_a_watched_channel_is_heard_with_its_prev(broker: Make) -> None:
+    """Every message stored after watch returned reaches the listener, chained by prev; other channels' do not."""
+    async with broker() as (store, recorder):
+        first = await publish(store, "a")
+        await watch(store, "a")
+        second, _, third = await publish(store, "a"), await publish(store, "b"), await publish(store, "a", "b")
+
+        assert recorder.heard == [("a", second, first), ("a", third, second)]
+
+
+async def test_a_message_to_two_watched_channels_is_announced_on_both(broker: Make) -> None:
+    """Each channel hears it with its own prev."""
+    async with broker() as (store, recorder):
+        first = await publish(store, "a")
+        await store.watch({"a": 0, "b": 0})
+        both = await publish(store, "a", "b")
+
+        assert recorder.heard == [("a", both, first), ("b", both, 0)]
+
+
+async def test_an_unwatched_channel_falls_silent(broker: Make) -> None:
+    """After unwatch nothing of the channel is announced."""
+    async with broker() as (store, recorder):
+        await watch(store, "a")
+        store.unwatch(["a"])
+        await publish(store, "a")
+
+        assert recorder.heard == []
+
+
+async def test_position_is_between_what_was_announced_and_what_comes(broker: Make) -> None:
+    """Messages announced so far are below the position, later ones are not."""
+    async with broker() as (store, _):
+        await watch(store, "a")
+        before = await publish(store, "a")
+        position = store.position()
+        after = await publish(store, "a")
+
+        assert before < position <= after
+
+
+async def test_the_floor_of_an_untouched_channel_admits_what_came_before(broker: Make) -> None:
+    """A store knows nothing of the time before it existed: that is below every floor."""
+    async with broker() as (store, _):
+        birth = store.position()
+
+        assert 0 < (await watch(store, "never")).floor <= birth
+
+
+async def test_max_messages_trims_and_says_so(broker: Make) -> None:
+    """Only the newest messages are kept, and the floor moves above the newest one dropped."""
+    async with broker(max_messages=2) as (store, _):
+        ids = [await publish(store, "a") for _ in range(4)]
+
+        history = await watch(store, "a")
+
+        assert [m.id for m in history.messages] == ids[2:]
+        assert ids[1] < history.floor <= ids[2]
+
+
+async def test_a_window_of_nothing_keeps_nothing(broker: Make) -> None:
+    """A channel whose window is over has no messages, a tail, and a floor above it."""
+    async with broker(window=0.0) as (store, _):
+        await publish(store, "a")
+        tail = await publish(store, "a")
+        store.position()
+
+        history = await watch(store, "a")
+
+        assert history.tail == tail
+        assert [m.id for m in history.messages if m.id < tail] == []
+
+
+async def test_a_key_makes_a_retry_safe(broker: Make) -> None:
+    """The same publication with the same key gets the first one's id and is stored once."""
+    async with broker() as (store, recorder):
+        await watch(store, "a")
+        first = await store.publish([publication("a", key="k")])
+        again = await store.publish([publication("a", key="k")])
+
+        assert isinstance(first[0], Receipt)
+        assert again == [Receipt(first[0].id, duplicate=True)]
+        assert len(recorder.heard) == 1
+
+
+async def test_a_key_belongs_to_one_publication(broker: Make) -> None:
+    """The same key with other data or channels is refused, and nothing is stored."""
+    async with broker() as (store, recorder):
+        await watch(store, "a")
+        await publish(store, "a", key="k")
+        results = await store.publish([publication("a", data=b"2", key="k"), publication("b", key="k")])
+
+        assert [type(result) for result in results] == [KeyReused, KeyReused]
+        assert len(recorder.heard) == 1
+
+
+async def test_a_key_is_forgotten_after_the_window(broker: Make) -> None:
+    """With no window, the same key stores again."""
+    async with broker(idempotency=0.0) as (store, _):
+        first, second = await publish(store, "a", key="k"), await publish(store, "a", key="k")
+
+        assert second > first
+
+
+async def test_a_batch_has_a_result_for_each_item(broker: Make) -> None:
+    """One bad publication spoils no other, and order is kept."""
+    async with broker() as (store, _):
+        one, bad, two = await store.publish([publication("a"), publication("17"), publication("a")])
+
+        assert isinstance(one, Receipt)
+        assert isinstance(bad, ChannelNotFound)
+        assert isinstance(two, Receipt)
+        assert one.id < two.id
+
+
+async def test_a_publication_is_stored_everywhere_or_nowhere(broker: Make) -> None:
+    """If one of its channels does not exist, none gets it."""
+    async with broker() as (store, _):
+        (result,) = await store.publish([publication("a", "17")])
+
+        assert isinstance(result, ChannelNotFound)
+        assert list((await watch(store, "a")).messages) == []
+
+
+async def test_create_hands_out_integers_never_used_before(broker: Make) -> None:
+    """A channel without a name has a unique integer id, an expiry, and takes publications."""
+    async with broker(ttl=50.0) as (store, _):
+        one, two = await store.create(None, ChannelOptions()), await store.create(None, ChannelOptions())
+        await publish(store, one.channel)
+
+        assert one.channel.isdecimal()
+        assert one.channel != two.channel
+        assert one.expires == one.created + 50_000_000
+        assert list((await watch(store, two.channel)).messages) == []
+
+
+async def test_a_channel_keeps_its_own_options(broker: Make) -> None:
+    """ttl, window and max_messages given at creation win over the defaults."""
+    async with broker() as (store, _):
+        info = await store.create("a", ChannelOptions(ttl=5.0, window=2.0, max_messages=1))
+        await publish(store, "a")
+        last = await publish(store, "a")
+
+        history = await watch(store, "a")
+
+        assert (info.ttl, info.window, info.max_messages) == (5.0, 2.0, 1)
+        assert (history.window, history.max_messages) == (2.0, 1)
+        assert [m.id for m in history.messages] == [last]
+
+
+async def test_a_name_is_taken_once(broker: Make) -> None:
+    """Creating a channel that exists is refused."""
+    async with broker() as (store, _):
+        await store.create("a", ChannelOptions())
+
+        with pytest.raises(ChannelExists):
+            await store.create("a", ChannelOptions())
+
+
+async def test_renew_puts_off_the_expiry(broker: Make) -> None:
+    """Renewing counts the ttl from now on, and may change it."""
+    async with broker(ttl=10.0) as (store, _):
+        created = await store.create("a", ChannelOptions())
+        same = await store.renew("a", None)
+        longer = await store.renew("a", 100.0)
+
+        assert same.expires >= created.expires
+        assert longer.expires >= created.expires + 90_000_000
+        assert longer.ttl == 100.0
+
+
+async def test_publishing_puts_off_the_expiry(broker: Make) -> None:
+    """A channel expires its ttl after its last publication."""
+    async with broker(ttl=10.0) as (store, _):
+        created = await store.create("a", ChannelOptions())
+        id = await publish(store, "a")
+
+        info = await store.describe("a")
+
+        assert info.expires >= max(created.expires, id + 10_000_000 - 1)
+
+
+async def test_closing_is_announced_and_final(broker: Make) -> None:
+    """A closed channel's watchers hear of it; an integer channel is gone for good."""
+    async with broker() as (store, recorder):
+        channel = (await store.create(None, ChannelOptions())).channel
+        await watch(store, channel)
+        await store.close(channel)
+
+        assert recorder.closed == [channel]
+        assert (await store.watch({channel: 0}))[channel] is None
+        with pytest.raises(ChannelNotFound):
+            await store.describe(channel)
+
+
+async def test_what_a_closed_channel_had_is_below_its_floor(broker: Make) -> None:
+    """A named channel may come back, empty; who was in the middle of it finds a floor above what was lost."""
+    async with broker() as (store, _):
+        await publish(store, "a")
+        last = await publish(store, "a")
+        await store.close("a")
+
+        empty = await watch(store, "a")
+        again = await publish(store, "a")
+        reborn = await watch(store, "a")
+
+        assert (list(empty.messages), empty.whole) == ([], True)
+        assert last < empty.floor <= again
+        assert [m.id for m in reborn.messages] == [again]
+        assert last < reborn.floor <= again
+
+
+@pytest.mark.parametrize("operation", ["renew", "close", "describe"])
+async def test_what_does_not_exist_is_said(broker: Make, operation: str) -> None:
+    """Renewing, closing and describing need a channel."""
+    async with broker() as (store, _):
+        arguments = ["nothing", None] if operation == "renew" else ["nothing"]
+
+        with pytest.raises(ChannelNotFound, match="channel nothing does not exist"):
+            await getattr(store, operation)(*arguments)
+
+
+async def test_explicit_channels_only(broker: Make) -> None:
+    """Where names do not come into being by themselves, an unknown name is as unknown as an integer."""
+    async with broker(implicit=False) as (store, _):
+        (result,) = await store.publish([publication("a")])
+        unknown = (await store.watch({"a": 0}))["a"]
+        await store.create("a", ChannelOptions())
+
+        assert isinstance(result, ChannelNotFound)
+        assert unknown is None
+        assert await publish(store, "a")
+
+
+async def test_describe_counts(broker: Make) -> None:
+    """A description holds the number of cached messages, the first and the last id."""
+    async with broker() as (store, _):
+        await store.create("a", ChannelOptions())
+        empty = await store.describe("a")
+        first, last = await publish(store, "a"), await publish(store, "a")
+        full = await store.describe("a")
+
+        assert (empty.messages, empty.first, empty.last) == (0, None, None)
+        assert (full.messages, full.first, full.last) == (2, first, last)
+
+
+async def test_channels_are_listed_by_name_in_pages(broker: Make) -> None:
+    """Pages follow on each other by the last name, and leave nothing out."""
+    async with broker() as (store, _):
+        for name in ("c", "a", "d", "b"):
+            await store.create(name, ChannelOptions())
+
+        first = await store.channels("", 3)
+        second = await store.channels(first[-1].channel, 3)
+
+        assert [info.channel for info in first] == ["a", "b", "c"]
+        assert [info.channel for info in second] == ["d"]

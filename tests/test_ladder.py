@@ -1,0 +1,96 @@
+"""Imports point one way. This table is the drawing, and the check."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# Each module of pushup may import those above it on its own line, and nothing else of pushup.
+LADDER = {
+    "version": (),
+    "errors": (),
+    "messages": ("errors",),
+    "backlog": ("messages",),
+    "settings": ("errors", "messages"),
+    "logs": (),
+    "metrics": ("errors",),
+    "wire": ("errors", "messages", "settings"),
+    "head": (),
+    "hub": ("backlog", "errors", "messages"),
+    "broker": ("errors", "messages"),
+    "memory": ("backlog", "broker", "errors", "messages"),
+    "node": ("broker", "errors", "hub", "messages", "metrics", "settings"),
+    "lane": ("errors", "head", "hub", "messages", "node", "wire"),
+    "web": ("errors", "lane", "messages", "metrics", "node", "wire"),
+    "admin": ("errors", "metrics", "node", "version"),
+    "demo": (),
+    "server": ("admin", "broker", "demo", "errors", "lane", "memory", "metrics", "node", "settings", "web"),
+    "cli": ("errors", "logs", "server", "settings", "version"),
+    "__main__": ("cli",),
+    "__init__": ("version",),
+}
+
+# What no module of these may import, because it must stay free of I/O.
+PURE = {"errors", "messages", "backlog", "hub", "wire", "head", "settings"}
+IMPURE = {"asyncio", "socket", "aiohttp", "time", "threading"}
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: imports are absolute"
+            assert node.module is not None
+            names.add(node.module)
+            assert node.module != "pushup", f"{path.name}: a submodule never imports its package's root"
+    return names
+
+
+def modules(package: str) -> dict[str, Path]:
+    paths = (ROOT / package).rglob("*.py")
+    return {path.relative_to(ROOT / package).parts[0].removesuffix(".py"): path for path in paths}
+
+
+def test_every_module_is_on_the_ladder() -> None:
+    """A module without a rung is a module nobody decided on."""
+    assert set(modules("pushup")) == set(LADDER)
+
+
+@pytest.mark.parametrize("module", LADDER)
+def test_a_module_imports_only_what_is_above_it(module: str) -> None:
+    """The ladder lists exactly what each module uses."""
+    used = {
+        name.removeprefix("pushup.").partition(".")[0]
+        for name in imported(modules("pushup")[module])
+        if name.startswith("pushup.")
+    }
+    assert used == set(LADDER[module])
+
+
+def test_the_ladder_has_no_cycle() -> None:
+    """Every rung stands on rungs that were drawn before it."""
+    done: set[str] = set()
+    while len(done) < len(LADDER):
+        ready = {module for module, below in LADDER.items() if module not in done and set(below) <= done}
+        assert ready, f"a cycle among {set(LADDER) - done}"
+        done |= ready
+
+
+@pytest.mark.parametrize("module", sorted(PURE))
+def test_the_core_is_pure(module: str) -> None:
+    """What decides does no I/O and looks at no clock."""
+    assert not {name.partition(".")[0] for name in imported(modules("pushup")[module])} & IMPURE
+
+
+@pytest.mark.parametrize(
+    ("package", "above"),
+    [("pushup", {"cluster", "loadtest", "tests"}), ("cluster", {"loadtest", "tests"}), ("loadtest", {"tests"})],
+)
+def test_nothing_is_imported_from_above(package: str, above: set[str]) -> None:
+    """loadtest stands on cluster, cluster on pushup; pushup knows neither."""
+    for path in (ROOT / package).rglob("*.py"):
+        assert not {name.partition(".")[0] for name in imported(path)} & above, path

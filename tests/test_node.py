@@ -1,0 +1,199 @@
+"""The node: hub and broker on the event loop, with a broker that answers when it is told to."""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+
+from pushup.errors import ChannelNotFound, PushUpError, Unavailable
+from pushup.memory import MemoryBroker
+from pushup.messages import MAX_ID, Answer, History, Poll, Publication
+from pushup.metrics import Metrics
+from pushup.node import Node
+from pushup.settings import Settings
+
+
+class SlowBroker(MemoryBroker):
+    """A memory broker whose reads wait for `gate`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = asyncio.Event()
+        self.reads: list[Mapping[str, int]] = []
+        self.unwatched: list[str] = []
+
+    async def watch(self, wanted: Mapping[str, int]) -> Mapping[str, History | None]:
+        self.reads.append(dict(wanted))
+        await self.gate.wait()
+        return await super().watch(wanted)
+
+    def unwatch(self, channels: Sequence[str]) -> None:
+        self.unwatched += channels
+        super().unwatch(channels)
+
+
+class Owner:
+    """Waits for what a poll is told."""
+
+    def __init__(self) -> None:
+        self.told: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+
+    def answer(self, answer: Answer) -> None:
+        self.told.set_result(answer)
+
+    def fail(self, error: PushUpError) -> None:
+        self.told.set_exception(error)
+
+
+@asynccontextmanager
+async def running(**settings: float) -> AsyncIterator[tuple[Node, SlowBroker]]:
+    broker = SlowBroker()
+    node = Node(broker, Settings(**settings), Metrics())  # type: ignore[arg-type]
+    await node.start()
+    try:
+        yield node, broker
+    finally:
+        await node.stop()
+
+
+def poll(*channels: str, start: int = 0, timeout: float = 30.0) -> Poll:
+    return Poll(channels, start, MAX_ID, timeout)
+
+
+async def test_polls_for_one_channel_share_one_read() -> None:
+    """A thousand polls of a channel that the node does not watch cost one read."""
+    async with running() as (node, broker):
+        owners = [Owner() for _ in range(1000)]
+        for owner in owners:
+            node.poll(poll("a"), owner)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        broker.gate.set()
+        await node.publish(Publication(("a",), b"1"))
+        await asyncio.gather(*[owner.told for owner in owners])
+
+        assert broker.reads == [{"a": 0}]
+        assert node.parked == 0
+
+
+async def test_a_fan_out_and_the_polls_that_come_right_back_cost_no_read() -> None:
+    """Once a channel is watched, parking and answering need nothing from the broker."""
+    async with running() as (node, broker):
+        broker.gate.set()
+        start = 0
+        for _ in range(3):
+            owners = [Owner() for _ in range(10)]
+            for owner in owners:
+                node.poll(poll("a", start=start), owner)
+            await asyncio.sleep(0.001)
+            await node.publish(Publication(("a",), b"1"))
+            answers = await asyncio.gather(*[owner.told for owner in owners])
+            start = answers[0].next
+
+        assert len(broker.reads) == 1
+
+
+async def test_a_broker_that_does_not_answer_ends_the_poll_with_an_error() -> None:
+    """503 after the broker's time, rather than an empty answer that might be a lie."""
+    async with running(broker_timeout=0.01) as (node, _):
+        owner = Owner()
+        node.poll(poll("a"), owner)
+
+        error = (await asyncio.gather(owner.told, return_exceptions=True))[0]
+
+        assert isinstance(error, Unavailable)
+        assert node.parked == 0
+        assert node.metrics.broker_read_errors == 1
+
+
+async def test_polling_an_integer_channel_that_does_not_exist_is_an_error() -> None:
+    """404, also for a batch in which only one channel is missing."""
+    async with running() as (node, broker):
+        broker.gate.set()
+        owner = Owner()
+        node.poll(poll("a", "17"), owner)
+
+        error = (await asyncio.gather(owner.told, return_exceptions=True))[0]
+
+        assert isinstance(error, ChannelNotFound)
+        assert error.members == {"channel": 17}
+
+
+async def test_a_poll_that_leaves_while_it_is_set_up_is_freed() -> None:
+    """Nothing is left of it when the read comes back."""
+    async with running() as (node, broker):
+        owner = Owner()
+        subscription = node.poll(poll("a"), owner)
+        assert not isinstance(subscription, Answer)
+        await asyncio.sleep(0)
+        node.leave(subscription)
+        broker.gate.set()
+        await node.publish(Publication(("a",), b"1"))
+
+        assert node.parked == 0
+        assert not owner.told.done()
+        assert node.metrics.answers["gone"] == 1
+
+
+async def test_the_timer_ends_polls_in_time() -> None:
+    """One timer serves all deadlines, and moves forward for an earlier one."""
+    async with running() as (node, broker):
+        broker.gate.set()
+        long, short = Owner(), Owner()
+        node.poll(poll("a", timeout=30.0), long)
+        node.poll(poll("a", timeout=0.01), short)
+
+        answer = await asyncio.wait_for(short.told, 5.0)
+
+        assert (answer.reason, list(answer.messages)) == ("timeout", [])
+        assert answer.next > 0
+        assert node.parked == 1
+
+
+async def test_idle_channels_are_unwatched() -> None:
+    """After the linger the broker need not announce the channel any more."""
+    async with running(linger=0.0) as (node, broker):
+        broker.gate.set()
+        owner = Owner()
+        node.poll(poll("a", timeout=0.0), owner)
+        await owner.told
+
+        node._housekeep()
+
+        assert broker.unwatched == ["a"]
+        assert node.watched == 0
+
+
+async def test_draining_answers_everyone_with_a_cursor() -> None:
+    """Readiness goes off first, then every poll is told where to go on."""
+    async with running() as (node, broker):
+        broker.gate.set()
+        owners = [Owner() for _ in range(20)]
+        for owner in owners:
+            node.poll(poll("a"), owner)
+        await asyncio.sleep(0.001)
+
+        draining = asyncio.ensure_future(node.drain(0.2))
+        await asyncio.sleep(0)
+        ready = node.ready
+        answers = await asyncio.gather(*[owner.told for owner in owners])
+        await draining
+
+        assert ready is False
+        assert {answer.reason for answer in answers} == {"drain"}
+        assert all(answer.next > 0 for answer in answers)
+
+
+async def test_answers_are_counted_by_reason() -> None:
+    """Metrics count every poll once, by what ended it."""
+    async with running() as (node, broker):
+        broker.gate.set()
+        for timeout in (0.0, 30.0):
+            owner = Owner()
+            node.poll(poll("a", timeout=timeout), owner)
+            if timeout:
+                await asyncio.sleep(0.001)
+                await node.publish(Publication(("a",), b"1"))
+            await owner.told
+
+        assert (node.metrics.answers["timeout"], node.metrics.answers["message"]) == (1, 1)
+        assert node.metrics.messages_delivered == 1
