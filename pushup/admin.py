@@ -2,16 +2,15 @@
 
 import logging
 from collections.abc import Awaitable, Callable
-
 from typing import Final
 
 import msgspec
 from aiohttp import web
 
-from pushup.version import __version__
 from pushup.errors import PROBLEM_TYPE, InvalidRequest, MethodNotAllowed, NotFound, PushUpError
 from pushup.metrics import CONTENT_TYPE, Metrics
 from pushup.node import Node
+from pushup.version import __version__
 
 log = logging.getLogger("pushup.admin")
 

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from pushup.version import __version__
 from pushup.errors import PushUpError, SettingsError
 from pushup.logs import configure
 from pushup.server import Server, serve
 from pushup.settings import ENV_PREFIX, FIELDS, Loaded, Settings, load, parse_address, show
+from pushup.version import __version__
 
 EXIT_WRONG_SETTING: Final = 2
 

@@ -63,6 +63,7 @@ class Lanes:
         self.settings = node.settings
         self.metrics = node.metrics
         self.loop = asyncio.get_running_loop()
+        self.poll_body_bytes_max = min(POLL_BODY_BYTES_MAX, node.settings.body_bytes_max)
         self.borrow = borrow
         """Makes a web connection; for a lane that wants to hear when an answer is out, or for good (None)."""
         self.open: set[Lane] = set()
@@ -262,7 +263,7 @@ class Lane(asyncio.Protocol):
             if head.way is Way.HAND_OVER:
                 self._hand_over(data)
                 return
-            if head.way is Way.LEND or head.length > POLL_BODY_BYTES_MAX:
+            if head.way is Way.LEND or head.length > self._lanes.poll_body_bytes_max:
                 self._lend(data, end + head.length)
                 return
             total = end + head.length

@@ -44,6 +44,8 @@ log = logging.getLogger("pushup.web")
 _FOREVER_S: Final = 1e8
 """The keep-alive time of a web connection that a lane looks after."""
 
+_NO_HTTP: Final = "the request is not well-formed HTTP"
+
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -72,6 +74,14 @@ class WebConnection(web.RequestHandler):
         if transport is not None:
             transport.resume_reading()
 
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        request = self._current_request
+        if request is not None and self._messages and not request.content.is_eof():
+            # Behind a body that has not ended there can only be a parser's complaint, which waits for the body's end.
+            request.content.set_exception(web.RequestPayloadError())
+            request.content.feed_eof()
+
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
@@ -96,7 +106,7 @@ class WebConnection(web.RequestHandler):
             log.error("a request failed", exc_info=exc)
             error: PushUpError = PushUpError("something went wrong here; the log says what")
         else:
-            error = InvalidRequest("the request is not well-formed HTTP")
+            error = InvalidRequest(_NO_HTTP)
         response = _problem(error)
         response.headers["Server"] = "PushUp"  # Else aiohttp tells its name and version; no hook hides them here.
         response.force_close()
@@ -121,6 +131,11 @@ def make_app(node: Node, settings_body_max: int, metrics: Metrics) -> web.Applic
             response = _problem(problem)
             if "Allow" in error.headers:
                 response.headers["Allow"] = error.headers["Allow"]
+        except web.RequestPayloadError:
+            problem = InvalidRequest(_NO_HTTP)
+            metrics.count_refused(problem)
+            response = _problem(problem)
+            response.force_close()
         except Exception:
             log.exception("a request failed", extra={"method": request.method, "path": request.path})
             problem = PushUpError("something went wrong here; the log says what")

@@ -26,10 +26,19 @@ class Pipe(asyncio.Transport):
 
     # What a client does
 
-    async def receive(self, *segments: bytes) -> None:
-        """Let the server have the segments, and all the time it needs for each."""
+    async def receive(self, *segments: bytes) -> bytes:
+        """Let the server have the segments, and all the turns it needs for each; what it sent meanwhile."""
+        start = len(self.sent)
         for segment in segments:
             self.push(segment)
+            await self.settle()
+        return self.sent[start:]
+
+    async def settle(self) -> None:
+        """Return once the server has nothing left to do."""
+        before = -1
+        while len(self.sent) != before:
+            before = len(self.sent)
             await turns()
 
     def push(self, segment: bytes) -> None:
