@@ -26,8 +26,8 @@ class Listener(Protocol):
     def on_closed(self, channel: str) -> None:
         """A watched channel was closed. Comes after every message that was stored in it before."""
 
-    def on_doubt(self) -> None:
-        """Events may have been missed: every watched channel must be read again."""
+    def on_doubt(self, channels: Sequence[str] | None) -> None:
+        """These watched channels (None: all) must be read again: made anew, or events may have been missed."""
 
 
 class Broker(Protocol):

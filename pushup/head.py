@@ -97,12 +97,13 @@ class Head:
 
 
 def is_malformed(data: bytes) -> bool:
-    """Whether the beginning of a head is already wrong, so that waiting for the rest is pointless. O(n)."""
+    """Whether the beginning of a head, so far without a blank line, is already wrong: waiting is pointless. O(n)."""
+    head = Head()
     try:
-        Head().feed(data)
+        head.feed(data)
     except httptools.HttpParserError:
         return True
-    return False
+    return head.complete  # HTTP/0.9 has other ends of lines.
 
 
 def parse_head(data: bytes) -> Head:

@@ -14,7 +14,7 @@ Three rules keep the promise:
 
 import math
 from collections.abc import Iterable, Sequence
-from itertools import chain, islice
+from itertools import chain
 from typing import Final, Protocol
 
 from sortedcontainers import SortedDict
@@ -291,10 +291,12 @@ class Hub:
             self._remove(subscription, now)
         return failed
 
-    def doubt(self) -> None:
-        """Announcements may have been missed: every channel must be read again before anything else is answered."""
-        for channel in self._channels.values():
-            self._doubt(channel)
+    def doubt(self, names: Iterable[str] | None = None) -> None:
+        """These channels (None: all) may have changed unheard: they must be read before their polls are answered."""
+        for name in list(self._channels if names is None else names):
+            channel = self._channels.get(name)
+            if channel is not None:
+                self._doubt(channel)
 
     # Time
 
@@ -310,9 +312,13 @@ class Hub:
             due += self._ticks.popitem(0)[1]
         return self._end(due, "timeout", now)
 
-    def drain(self, count: int, now: float) -> Replies:
-        """End up to `count` polls before their time, those that would expire first first."""
-        return self._end(list(islice(chain.from_iterable(self._ticks.values()), count)), "drain", now)
+    def waiting(self) -> list[Subscription]:
+        """Every parked poll whose channels are known, those that would expire first first. O(their number)."""
+        return list(chain.from_iterable(self._ticks.values()))
+
+    def drain(self, subscriptions: Iterable[Subscription], now: float) -> Replies:
+        """End those of these polls that still wait, before their time. O(their number)."""
+        return self._end([s for s in subscriptions if s in s.channels[0].parked], "drain", now)
 
     def forget_idle(self, now: float) -> list[str]:
         """Forget channels that nobody has waited for since `linger` seconds; their names. O(their number)."""

@@ -153,7 +153,11 @@ class MemoryStore:
             name = str(self._last)
         elif name in self._channels:
             raise ChannelExists(show_channel(name))
-        return self._info(name, self._add(name, options, now))
+        channel = self._add(name, options, now)
+        if name in self._watched and self.listener is not None:
+            # Who watched the name before it was a channel took it to have the defaults.
+            self.listener.on_doubt([name])
+        return self._info(name, channel)
 
     def renew(self, name: str, ttl: float | None, now: int) -> ChannelInfo:
         channel = self._get(name)

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import random
 from collections.abc import Sequence
 
@@ -93,19 +94,26 @@ class Node:
             self.metrics.answers["gone"] += 1
 
     async def drain(self, window: float) -> None:
-        """Answer every parked poll with its cursor, spread evenly over `window` seconds. Polls may go on coming."""
+        """Answer the polls that are parked now with their cursors, spread evenly over `window` seconds.
+
+        Polls that come meanwhile wait for the end of the window: a client that comes back here, because nobody else
+        takes it, is not sent round in circles. Returns as soon as nothing is parked.
+        """
         self.draining = True
-        end = self._loop.time() + window
-        while self._hub.parked:
-            remaining = end - self._loop.time()
-            if remaining <= 0:
-                break
-            self._advance(self._loop.time())
-            share = -(-self._hub.parked * DRAIN_STEP_S // remaining) if remaining > DRAIN_STEP_S else self._hub.parked
-            self._send(self._hub.drain(int(share), self._loop.time()))
+        loop = self._loop
+        end = loop.time() + window
+        waiting = self._hub.waiting()
+        while self._hub.parked and (remaining := end - loop.time()) > 0:
+            share = math.ceil(len(waiting) * min(DRAIN_STEP_S / remaining, 1))
+            self._drain(waiting[:share])
+            del waiting[:share]
             await asyncio.sleep(min(DRAIN_STEP_S, remaining))
-        self._advance(self._loop.time())
-        self._send(self._hub.drain(self._hub.parked, self._loop.time()))
+        self._drain(self._hub.waiting())
+
+    def _drain(self, subscriptions: Sequence[Subscription]) -> None:
+        now = self._loop.time()
+        self._advance(now)
+        self._send(self._hub.drain(subscriptions, now))
 
     # Publications
 
@@ -141,8 +149,8 @@ class Node:
         self._advance(self._loop.time())
         self._send(self._hub.close(channel, self._loop.time()))
 
-    def on_doubt(self) -> None:
-        self._hub.doubt()
+    def on_doubt(self, channels: Sequence[str] | None) -> None:
+        self._hub.doubt(channels)
         if self._hub.wanted:
             self._read_soon()
 

@@ -11,7 +11,7 @@ from importlib.resources import files
 from typing import Any, Final
 
 import msgspec
-from aiohttp import web
+from aiohttp import StreamReader, web
 
 from pushup.errors import (
     PROBLEM_TYPE,
@@ -52,7 +52,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class WebConnection(web.RequestHandler):
     """aiohttp's connection, which may be on loan."""
 
-    __slots__ = ("_lane",)
+    __slots__ = ("_body", "_lane")
 
     def __init__(self, manager: web.Server, lane: Lane | None, keepalive_timeout: float) -> None:
         super().__init__(
@@ -65,6 +65,8 @@ class WebConnection(web.RequestHandler):
             logger=log,
         )
         self._lane = lane
+        self._body: StreamReader | None = None
+        """That of the last request."""
 
     def release(self) -> None:
         """End, without closing the transport, which goes on being read."""
@@ -76,11 +78,12 @@ class WebConnection(web.RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        request = self._current_request
-        if request is not None and self._messages and not request.content.is_eof():
-            # Behind a body that has not ended there can only be a parser's complaint, which waits for the body's end.
-            request.content.set_exception(web.RequestPayloadError())
-            request.content.feed_eof()
+        if self._messages:
+            body, self._body = self._body, self._messages[-1][1]
+            if body is not None and body is not self._body and not body.is_eof():
+                # What came behind a body that has not ended is the parser's complaint about it. aiohttp would wait on.
+                body.set_exception(web.RequestPayloadError())
+                body.feed_eof()
 
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None

@@ -1,12 +1,44 @@
 """A connection without sockets: what a server is sent arrives in exactly the segments a test chooses."""
 
 import asyncio
-from typing import Any
+import json
+from typing import Any, NamedTuple
 
+from pushup.lane import Lane
 from pushup.server import Server
 
-TURNS: int = 25
-"""Turns of the event loop in which a server certainly finishes what needs no further input and no time."""
+TURNS = 25
+"""Turns of the event loop in which a server certainly gets on with what needs no further input and no time."""
+
+
+class Response(NamedTuple):
+    """One HTTP response. Header names are in lower case."""
+
+    line: str
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def status(self) -> int:
+        return int(self.line.split(" ")[1])
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+def parse(sent: bytes) -> list[Response]:
+    """The responses in what a server sent, interim ones included. Every body is JSON, so that HEAD needs no telling."""
+    responses = []
+    while sent:
+        lines, blank, sent = sent.partition(b"\r\n\r\n")
+        assert blank, lines
+        line, *fields = lines.decode().split("\r\n")
+        headers = {name.lower(): value for name, _, value in (field.partition(": ") for field in fields)}
+        size = int(headers.get("content-length", 0)) if sent[:1] in (b"{", b"[") else 0
+        body, sent = sent[:size], sent[size:]
+        responses.append(Response(line, headers, body))
+    return responses
 
 
 class Pipe(asyncio.Transport):
@@ -15,36 +47,39 @@ class Pipe(asyncio.Transport):
     def __init__(self, protocol: asyncio.BaseProtocol) -> None:
         super().__init__()
         self._protocol = protocol
-        self._waiting: list[bytes] = []
+        self._coming: list[bytes] = []
         self._lost = False
         self.sent = b""
-        """What the client has been sent."""
+        """What the client was sent."""
+        self.stalled = False
+        """Whether what the server wrote never gets out, so that it cannot close in peace."""
         self.reading = True
         self.closing = False
         self.aborted = False
         protocol.connection_made(self)
 
-    # What a client does
+    # What a client does and sees
 
-    async def receive(self, *segments: bytes) -> bytes:
-        """Let the server have the segments, and all the turns it needs for each; what it sent meanwhile."""
+    async def receive(self, *segments: bytes) -> list[Response]:
+        """Let the server have the segments, and all the turns it needs for each; what it answered meanwhile."""
         start = len(self.sent)
         for segment in segments:
             self.push(segment)
             await self.settle()
-        return self.sent[start:]
+        return parse(self.sent[start:])
+
+    def push(self, segment: bytes) -> None:
+        """Let the server have a segment, as soon as it reads."""
+        self._coming.append(segment)
+        self._deliver()
 
     async def settle(self) -> None:
         """Return once the server has nothing left to do."""
         before = -1
         while len(self.sent) != before:
             before = len(self.sent)
-            await turns()
-
-    def push(self, segment: bytes) -> None:
-        """Let the server have a segment; while it does not read, it gets that later."""
-        self._waiting.append(segment)
-        self._deliver()
+            for _ in range(TURNS):
+                await asyncio.sleep(0)
 
     def hang_up(self) -> None:
         """The client is gone."""
@@ -52,15 +87,32 @@ class Pipe(asyncio.Transport):
         self._lose()
 
     @property
-    def waiting(self) -> int:
+    def responses(self) -> list[Response]:
+        return parse(self.sent)
+
+    @property
+    def unread(self) -> int:
         """Bytes that the server has not read yet."""
-        return sum(map(len, self._waiting))
+        return sum(map(len, self._coming))
+
+    @property
+    def protocol(self) -> asyncio.Protocol:
+        assert isinstance(self._protocol, asyncio.Protocol)
+        return self._protocol
+
+    @property
+    def lane(self) -> Lane:
+        assert isinstance(self._protocol, Lane)
+        return self._protocol
 
     def _deliver(self) -> None:
-        while self.reading and self._waiting and not self.closing:
-            segment = self._waiting.pop(0)
-            assert isinstance(self._protocol, asyncio.Protocol)
-            self._protocol.data_received(segment)
+        while self.reading and self._coming and not self.closing:
+            self.protocol.data_received(self._coming.pop(0))
+
+    def _lose(self) -> None:
+        if not self._lost:
+            self._lost = True
+            self._protocol.connection_lost(None)
 
     # What a protocol does
 
@@ -85,28 +137,19 @@ class Pipe(asyncio.Transport):
     def close(self) -> None:
         if not self.closing:
             self.closing = True
-            asyncio.get_running_loop().call_soon(self._lose)
+            if not self.stalled:
+                asyncio.get_running_loop().call_soon(self._lose)
 
     def abort(self) -> None:
+        self.closing = True
         self.aborted = True
-        self.close()
+        asyncio.get_running_loop().call_soon(self._lose)
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         self._protocol = protocol
 
     def get_protocol(self) -> asyncio.BaseProtocol:
         return self._protocol
-
-    def _lose(self) -> None:
-        if not self._lost:
-            self._lost = True
-            self._protocol.connection_lost(None)
-
-
-async def turns(count: int = TURNS) -> None:
-    """Let the event loop turn."""
-    for _ in range(count):
-        await asyncio.sleep(0)
 
 
 def lane(server: Server) -> Pipe:

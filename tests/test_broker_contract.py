@@ -1,6 +1,6 @@
 """The contract of `broker.Broker`, run against every broker there is."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from itertools import pairwise
 
@@ -18,6 +18,7 @@ class Recorder:
     def __init__(self) -> None:
         self.heard: list[tuple[str, int, int]] = []
         self.closed: list[str] = []
+        self.doubted: list[str] = []
 
     def on_message(self, channel: str, message: Message, prev: int) -> None:
         self.heard.append((channel, message.id, prev))
@@ -25,8 +26,8 @@ class Recorder:
     def on_closed(self, channel: str) -> None:
         self.closed.append(channel)
 
-    def on_doubt(self) -> None:
-        raise AssertionError("nothing here gives reason for doubt")
+    def on_doubt(self, channels: Sequence[str] | None) -> None:
+        self.doubted += channels if channels is not None else ["everything"]
 
 
 Started = AbstractAsyncContextManager[tuple[Broker, Recorder]]
@@ -241,6 +242,16 @@ async def test_a_channel_keeps_its_own_options(broker: Make) -> None:
         assert (info.ttl, info.window, info.max_messages) == (5.0, 2.0, 1)
         assert (history.window, history.max_messages) == (2.0, 1)
         assert [m.id for m in history.messages] == [last]
+
+
+async def test_making_a_channel_that_is_watched_gives_reason_for_doubt(broker: Make) -> None:
+    """Who watched a name before it was created hears that its options are not what they seemed."""
+    async with broker() as (store, recorder):
+        await watch(store, "a")
+        await store.create("a", ChannelOptions(window=7.0))
+
+        assert recorder.doubted == ["a"]
+        assert (await watch(store, "a")).window == 7.0
 
 
 async def test_a_name_is_taken_once(broker: Make) -> None:

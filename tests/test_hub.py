@@ -510,13 +510,15 @@ def test_draining_ends_polls_with_their_cursor() -> None:
     """A drained poll is told where to go on."""
     hub = Hub()
     known(hub, "a")
-    for _ in range(3):
-        parked(hub, "a", start=1)
+    first, second, third = (parked(hub, "a", start=1, timeout=timeout) for timeout in (10.0, 20.0, 30.0))
     hub.advance(50, 0.0)
+    order = hub.waiting()
+    hub.leave(second, 0.0)
 
-    replies = hub.drain(2, 0.0)
+    replies = hub.drain(order[:2], 0.0)
 
-    assert len(told(replies)) == 2
+    assert order == [first, second, third]
+    assert told(replies) == [first]
     assert (the_answer(replies).next, the_answer(replies).reason) == (50, "drain")
     assert hub.parked == 1
 

@@ -227,7 +227,7 @@ class Model(RuleBasedStateMachine):
     @rule(dice=st.integers(0, 3))
     def drain(self, dice: int) -> None:
         if dice == 0:
-            self.tell(self.hub.drain(len(self.clients), self.now))
+            self.tell(self.hub.drain(self.hub.waiting(), self.now))
 
     # Always
 

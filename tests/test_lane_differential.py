@@ -8,7 +8,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import pytest
 import uvloop
@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pushup.errors import ChannelNotFound
+from pushup.lane import Lane
 from pushup.server import Server
 from tests import pipes
 from tests.support import running
@@ -208,8 +209,8 @@ MALFORMED = {
     "a tab for a space": POLL.replace(b" ", b"\t", 1),
     "space after the version": POLL.replace(b"HTTP/1.1", b"HTTP/1.1 "),
     "HTTP/0.9": b"GET /poll?channel=a&timeout=0\r\n\r\n",
-    "HTTP/1.2": get(b"/poll?channel=a", version=b"1.2"),
-    "HTTP/2.0": get(b"/poll?channel=a", version=b"2.0"),
+    "HTTP/1.2": get(b"/poll?channel=a&timeout=0", version=b"1.2"),
+    "HTTP/2.0": get(b"/poll?channel=a&timeout=0", version=b"2.0"),
     "HTTP/11": get(b"/poll?channel=a", version=b"11"),
     "http/1.1": POLL.replace(b"HTTP", b"http"),
     "RTSP/1.0": POLL.replace(b"HTTP/1.1", b"RTSP/1.0"),
@@ -295,42 +296,47 @@ EXECUTED = {"a head in two"}
 
 CASES = {**ORDINARY, **TARGETS, **LIMITS, **MALFORMED, **SMUGGLING}
 
-LAST_OF_ITS_CONNECTION = "aiohttp refuses a segment that goes on after the connection's last request, unanswered"
-LOST_AFTER_UPGRADE = "aiohttp loses what follows an upgrade that it ignores in the same segment"
-REFUSED_WHOLE = (
-    "aiohttp answers a segment in which something is malformed with one refusal, the lane what came before it"
-)
-DIFFERENCES: dict[str, str] = {}
+REFUSED_WHOLE = """\
+When a segment goes on after the last request of its connection, aiohttp refuses the whole segment. The lane answers the
+request and ignores the rest, as aiohttp does when the rest comes in a segment of its own."""
+LOST = """\
+When a segment goes on after a request that offers another protocol, aiohttp loses the rest of the segment. The lane
+answers that too, as aiohttp does when it comes in a segment of its own."""
 
+DIFFERENCES = {
+    "Connection: close": REFUSED_WHOLE,
+    "Connection: close in a list": REFUSED_WHOLE,
+    "Connection: close by POST": REFUSED_WHOLE,
+    "publish, Connection: close": REFUSED_WHOLE,
+    "wrong poll, Connection: close": REFUSED_WHOLE,
+    "HTTP/1.0": REFUSED_WHOLE,
+    "HTTP/1.0 without a host": REFUSED_WHOLE,
+    "HTTP/1.0 publish": REFUSED_WHOLE,
+    "RTSP/1.0": REFUSED_WHOLE,
+    "after Connection: close": REFUSED_WHOLE,
+    "after HTTP/1.0": REFUSED_WHOLE,
+    "Upgrade to HTTP/2": LOST,
+    "Upgrade of a publication to HTTP/2": LOST,
+    "a body of an upgrade": LOST,
+}
+"""The cases in which the lane does better than aiohttp in one segment, with the reason. Byte by byte there are none."""
 
 Connect = Callable[[Server], pipes.Pipe]
 
 
-class Response(NamedTuple):
-    status: str
-    headers: tuple[tuple[str, str], ...]
-    body: str
-
-
-class Seen(NamedTuple):
+@dataclass(frozen=True)
+class Seen:
     """All that a client sees."""
 
-    responses: tuple[Response, ...]
+    responses: list[pipes.Response]
     closed: bool
+    handed_over: bool = field(compare=False)
 
 
-def parse(sent: bytes) -> tuple[Response, ...]:
-    """The responses, without what differs from one server or moment to the next. Every body here is JSON."""
-    responses = []
-    while sent:
-        lines, _, sent = sent.partition(b"\r\n\r\n")
-        status, *fields = lines.decode().split("\r\n")
-        headers = dict(sorted((name.lower(), value) for name, _, value in (field.partition(": ") for field in fields)))
-        headers.pop("date", None)
-        size = int(headers.get("content-length", 0)) if sent[:1] in (b"{", b"[") else 0
-        body, sent = sent[:size], sent[size:]
-        responses.append(Response(status, tuple(headers.items()), re.sub(r"\d{16}", "ID", body.decode())))
-    return tuple(responses)
+def normalise(response: pipes.Response) -> pipes.Response:
+    """The response without what differs from one server or moment to the next."""
+    headers = {name: value for name, value in response.headers.items() if name != "date"}
+    return response._replace(headers=headers, body=re.sub(rb"\d{16}", b"ID", response.body))
 
 
 async def exchange(connect: Connect, server: Server, segments: Sequence[bytes], *, patient: bool = False) -> Seen:
@@ -342,7 +348,8 @@ async def exchange(connect: Connect, server: Server, segments: Sequence[bytes], 
         for segment in segments:
             pipe.push(segment)
         await pipe.settle()
-    seen = Seen(parse(pipe.sent), pipe.closing)
+    responses = [normalise(response) for response in pipe.responses]
+    seen = Seen(responses, pipe.closing, not isinstance(pipe.protocol, Lane))
     pipe.hang_up()
     await pipe.settle()
     return seen
@@ -362,14 +369,20 @@ async def twins() -> AsyncIterator[tuple[Server, Server]]:
         yield server, reference
 
 
+async def forget(*servers: Server) -> None:
+    """Close all channels."""
+    for server in servers:
+        for info in await server.node.broker.channels("", 1000):
+            await server.node.broker.close(info.channel)
+
+
 def check(seen: Seen) -> None:
     """Nothing is ever the server's fault, and every error is a problem document that says its status."""
     for response in seen.responses:
-        status = int(response.status.split(" ")[1])
-        headers = dict(response.headers)
-        assert status < 500
-        assert status < 400 or headers["content-type"] == "application/problem+json"
-        assert status < 400 or not response.body or f'"status":{status},' in response.body
+        assert response.status < 500
+        if response.status >= 400:
+            assert response.headers["content-type"] == "application/problem+json"
+            assert not response.body or response.json["status"] == response.status
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -389,14 +402,15 @@ async def test_byte_by_byte_the_lane_answers_as_aiohttp_does(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 async def test_in_one_segment_the_lane_answers_as_byte_by_byte(name: str) -> None:
-    """How requests are cut into segments changes nothing."""
+    """How requests are cut into segments changes nothing. What was handed over is aiohttp's, which is not so steady."""
     async with twins() as (server, other):
         data = CASES[name] + AFTER
 
         seen = await exchange(pipes.lane, server, [data])
         expected = await exchange(pipes.lane, other, split(data))
 
-        assert seen == expected
+        assert seen == expected or seen.handed_over
+        assert seen.handed_over == expected.handed_over
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -518,22 +532,34 @@ def test_mutated_requests_are_answered_alike() -> None:
         server, reference = runner.run(stack.enter_async_context(twins()))
         third = runner.run(stack.enter_async_context(running(**SETTINGS)))
 
+        async def observe(data: bytes, cuts: list[int]) -> tuple[Seen, Seen, Seen]:
+            segments = [data[start:end] for start, end in zip([0, *cuts], [*cuts, len(data)], strict=True)]
+            await forget(server, reference, third)
+            seen = await exchange(pipes.lane, server, split(data))
+            expected = await exchange(pipes.aiohttp, reference, split(data))
+            cut = await exchange(pipes.lane, third, segments, patient=True)
+            if seen != expected and seen.handed_over:
+                # aiohttp was handed many bytes in one segment, and what it makes of those depends on segments.
+                await forget(server, reference)
+                seen = await exchange(pipes.lane, server, split(data), patient=True)
+                expected = await exchange(pipes.aiohttp, reference, split(data), patient=True)
+            return seen, expected, cut
+
         @settings(derandomize=True, deadline=None, max_examples=400)
         @given(_mutations())
         def compare(mutation: tuple[bytes, list[int]]) -> None:
             data, cuts = mutation
-            data += AFTER
-            segments = [data[start:end] for start, end in zip([0, *cuts], [*cuts, len(data)], strict=True)]
 
-            seen = runner.run(exchange(pipes.lane, server, split(data)))
-            expected = runner.run(exchange(pipes.aiohttp, reference, split(data)))
-            cut = runner.run(exchange(pipes.lane, third, segments, patient=True))
+            seen, expected, cut = runner.run(observe(data + AFTER, cuts))
 
             assert seen == expected
-            assert cut == expected
+            assert cut == seen or cut.handed_over
+            assert cut.handed_over == seen.handed_over
             check(seen)
+            check(cut)
             assert server.node.parked == third.node.parked == 0
             assert not server._lanes.open
+            assert not third._lanes.open
 
         try:
             compare()

@@ -1,5 +1,7 @@
 """The memory store, told the time. What every broker must do is in test_broker_contract."""
 
+from collections.abc import Sequence
+
 import pytest
 
 from pushup.errors import ChannelNotFound
@@ -21,8 +23,8 @@ class Recorder:
     def on_closed(self, channel: str) -> None:
         self.heard.append(f"closed {channel}")
 
-    def on_doubt(self) -> None:
-        raise AssertionError("memory gives no reason for doubt")
+    def on_doubt(self, channels: Sequence[str] | None) -> None:
+        self.heard.append(f"doubt {channels}")
 
 
 def made(**retention: float) -> tuple[MemoryStore, Recorder]:

@@ -3,10 +3,11 @@
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 from pushup.errors import ChannelNotFound, PushUpError, Unavailable
 from pushup.memory import MemoryBroker
-from pushup.messages import MAX_ID, Answer, History, Poll, Publication
+from pushup.messages import MAX_ID, Answer, ChannelOptions, History, Poll, Publication
 from pushup.metrics import Metrics
 from pushup.node import Node
 from pushup.settings import Settings
@@ -181,6 +182,43 @@ async def test_draining_answers_everyone_with_a_cursor() -> None:
         assert ready is False
         assert {answer.reason for answer in answers} == {"drain"}
         assert all(answer.next > 0 for answer in answers)
+
+
+async def test_a_client_that_comes_back_while_draining_waits_for_the_end() -> None:
+    """A client is answered once and then held, not sent round in circles for the whole window."""
+    async with running() as (node, broker):
+        broker.gate.set()
+        owner = Owner()
+        node.poll(poll("a"), owner)
+        await asyncio.sleep(0.001)
+        draining = asyncio.ensure_future(node.drain(0.2))
+        rounds = 0
+        while not draining.done():
+            either: list[asyncio.Future[Any]] = [owner.told, draining]
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if owner.told.done():
+                rounds += 1
+                owner = Owner()
+                node.poll(poll("a"), owner)
+        node._drain(node._hub.waiting())
+
+        assert rounds <= 3
+
+
+async def test_a_channel_made_after_it_was_polled_keeps_its_own_window() -> None:
+    """Creating a channel that is watched already is heard by the node, which had taken it for a default one."""
+    async with running() as (node, broker):
+        broker.gate.set()
+        first, second = Owner(), Owner()
+        node.poll(poll("a", timeout=0.0), first)
+        await first.told
+        await broker.create("a", ChannelOptions(max_messages=1))
+        for data in (b"1", b"2"):
+            await node.publish(Publication(("a",), data))
+
+        node.poll(poll("a", timeout=0.0), second)
+
+        assert [message.data for message, _ in (await second.told).messages] == [b"2"]
 
 
 async def test_answers_are_counted_by_reason() -> None:
