@@ -389,11 +389,7 @@ class Hub:
         channel.known = False
         channel.early.clear()
         for subscription in channel.parked - channel.unsure:
-            if not subscription.unknown:
-                self._ignore_deadline(subscription)
-            subscription.unknown += 1
-            channel.unsure.add(subscription)
-            self._held.discard(subscription)
+            self._silence(subscription, channel)
 
     def _trim(self, channel: Channel, count: int) -> None:
         """Drop what the channel itself has dropped by now."""
@@ -403,6 +399,8 @@ class Hub:
         """Reply to those of these parked subscriptions, all of known channels, for which there is something to say."""
         replies: list[tuple[Answer, Sequence[Subscription]]] = []
         for subscription in list(subscriptions):
+            if not self._covers(subscription):
+                continue
             answer = self._answer_now(subscription)
             if answer is None:
                 self._await_deadline(subscription)
@@ -410,6 +408,23 @@ class Hub:
                 self._remove(subscription, now)
                 replies.append((answer, (subscription,)))
         return replies
+
+    def _covers(self, subscription: Subscription) -> bool:
+        """Whether its channels' backlogs still reach down to its start. While it waited, the node may have dropped some
+        of what the broker keeps; then it waits for that to be read."""
+        for channel in subscription.channels:
+            if not channel.backlog.covers(subscription.start):
+                self._want(channel, subscription.start)
+                self._silence(subscription, channel)
+        return not subscription.unknown
+
+    def _silence(self, subscription: Subscription, channel: Channel) -> None:
+        """Not a word to this parked subscription before the channel was read."""
+        if not subscription.unknown:
+            self._ignore_deadline(subscription)
+            self._held.discard(subscription)
+        subscription.unknown += 1
+        channel.unsure.add(subscription)
 
     def _answer_now(self, subscription: Subscription) -> Answer | None:
         """What there is to say to a subscription whose channels are all known; None: nothing yet."""

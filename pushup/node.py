@@ -160,6 +160,8 @@ class Node:
         replies = self._hub.advance(self.broker.position(), now)
         if replies:
             self._send(replies)
+        if self._hub.wanted:
+            self._read_soon()
 
     def _send(self, replies: Replies, message: Message | None = None) -> None:
         for answer, subscriptions in replies:

@@ -287,6 +287,23 @@ def test_older_messages_than_the_backlog_are_read_from_the_broker() -> None:
     assert the_answer(replies).gap is False
 
 
+def test_what_the_node_dropped_while_a_poll_waited_is_read_again() -> None:
+    """A batch that waits for one channel does not lose what the node dropped of another one meanwhile."""
+    hub = Hub(backlog=2)
+    known(hub, "a")
+    hub.deliver("a", message(5, "a"), 0, 0.0)
+    parked(hub, "a", "b", start=5)
+    read = take(hub, "b")
+    hub.deliver("a", message(6, "a"), 5, 0.0)
+    hub.deliver("a", message(7, "a"), 6, 0.0)
+
+    early = hub.learn(read, history(position=8), 0.0)
+    replies = hub.learn(take(hub, "a"), history(*[message(id, "a") for id in (5, 6, 7)]), 0.0)
+
+    assert not early
+    assert ids(replies) == [[5, 6, 7]]
+
+
 def test_a_read_that_does_not_reach_down_is_asked_for_again() -> None:
     """A poll from further down than a read that was under way is not answered from it."""
     hub = Hub()
