@@ -4,18 +4,29 @@ The hot path adds plain integers; metric families are made when somebody scrapes
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from pushup.errors import PushUpError
+from pushup.errors import PushUpError, SettingsError
 
 LAG_BUCKETS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def _codes(error: type[PushUpError]) -> Iterator[str]:
+    if error is not SettingsError:
+        yield error.code
+    for child in error.__subclasses__():
+        yield from _codes(child)
+
+
+_CODES: Final = tuple(_codes(PushUpError))
+"""Counted from 0 on: a counter that comes into being with its first event hides that event from Prometheus."""
 
 
 class Histogram:
@@ -56,7 +67,7 @@ class Metrics(Collector):
         self.publications_refused = 0
         self.broker_reads = 0
         self.broker_read_errors = 0
-        self.refused: dict[str, int] = {}
+        self.refused = dict.fromkeys(_CODES, 0)
         self.connections_opened = 0
         self.requests_lane = 0
         self.requests_web = 0
@@ -106,7 +117,9 @@ class Metrics(Collector):
             },
         )
         yield CounterMetricFamily("pushup_broker_reads", "Channels read from the broker.", self.broker_reads)
-        yield CounterMetricFamily("pushup_broker_read_errors", "Reads that failed.", self.broker_read_errors)
+        yield CounterMetricFamily(
+            "pushup_broker_read_errors", "Channels whose read from the broker failed.", self.broker_read_errors
+        )
         yield self.lag.family("pushup_delivery_lag_seconds", "From a message's id to its answer being written.")
         yield self.loop_lag.family("pushup_event_loop_lag_seconds", "How late the event loop runs its timers.")
 

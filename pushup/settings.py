@@ -6,7 +6,7 @@
 
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from ipaddress import ip_address
@@ -37,7 +37,7 @@ Bytes = Annotated[
     int, Meta(ge=1, le=MAX_ID, extra={"must": "be a whole number of bytes, at least 1", "shown": "BYTES"})
 ]
 
-_PASSWORD: Final = re.compile(r"(^(?:[^:/?#]*://)?[^:/?#@]*:)(?s:.*)(?=@)|(password=)[^&]*")
+_PASSWORD: Final = re.compile(r"((?:^[^:/?#]*://|^(?![^:/?#]*://))[^:/?#@]*:)(?s:.*)(?=@)|(password=)[^&]*")
 
 _SWITCH_WORDS: Final = {
     **dict.fromkeys(("true", "yes", "on", "1"), True),
@@ -190,14 +190,17 @@ def load(flags: Mapping[str, str], environment: Mapping[str, str], file: Path | 
     if file is not None:
         for name, value in _read_file(file).items():
             if name not in FIELDS:
-                raise SettingsError(f"{name} in {file} is not a setting{_hint(name.lower(), FIELDS)}")
+                near = _nearest(name)
+                hint = f"; did you mean {near.name}?" if near else ""
+                raise SettingsError(f"{name} in {file} is not a setting{hint}")
             values[name], origins[name] = _convert(name, value, str(file)), str(file)
     for variable, text in environment.items():
         if not variable.startswith(ENV_PREFIX) or variable == f"{ENV_PREFIX}CONFIG" or _is_service(variable, text):
             continue
         name = variable.removeprefix(ENV_PREFIX).lower()
         if name not in FIELDS or variable != FIELDS[name].variable:
-            hint = _hint(variable.upper(), [field.variable for field in FIELDS.values()])
+            near = _nearest(name)
+            hint = f"; did you mean {near.variable}?" if near else ""
             raise SettingsError(f"{variable} in the environment is not a setting{hint}")
         values[name], origins[name] = _convert(name, text, variable, text=True), variable
     for name, text in flags.items():
@@ -213,9 +216,9 @@ def _is_service(variable: str, value: str) -> bool:
     return _SERVICE.fullmatch(name) is not None or (name.endswith("PORT") and _SERVICE_URL.match(value) is not None)
 
 
-def _hint(name: str, names: Iterable[str]) -> str:
-    near = get_close_matches(name, names, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+def _nearest(name: str) -> Field | None:
+    near = get_close_matches(name.lower(), FIELDS, n=1)
+    return FIELDS[near[0]] if near else None
 
 
 def _read_file(file: Path) -> dict[str, Any]:

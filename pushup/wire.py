@@ -29,12 +29,16 @@ from pushup.settings import Settings
 
 KEY_LENGTH_MAX: Final = 255
 SECONDS_MAX: Final = 1_000_000_000
+NESTING_MAX: Final = 100
+"""How many arrays and objects of a message's data may be in one another. Receivers' parsers have limits, too."""
+
 NAME_SHOWN_MAX: Final = 100
 """Of an unknown parameter's name an error shows this many characters."""
 
 _NUMBER: Final = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 _LIMIT: Final = re.compile(r"[1-9][0-9]{0,3}")
 _HEADER_KEY: Final = re.compile(rf"[ -~]{{1,{KEY_LENGTH_MAX}}}")
+_ESCAPE_TROUBLE: Final = re.compile("truncated|hex escape")
 _HALF_SURROGATE: Final = re.compile(rb"(?<!\\)(\\\\)*\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])")
 
 # What msgspec says of an object that is not as it should be.
@@ -204,14 +208,34 @@ def parse_publication(body: bytes, settings: Settings, key: str | None = None) -
     data = bytes(fields.data)
     if len(data) > settings.message_bytes_max:
         raise TooLarge(f"data is {len(data)} bytes of JSON; the limit is {settings.message_bytes_max}")
-    try:
-        _decode(_anything, data, "data")  # Raw leaves strings and numbers unchecked.
-    except InvalidRequest as error:
-        raise InvalidParameter("data", error.detail) from None
+    _check_data(data)
     if b"\n" in data or b"\r" in data:
         # Only ever white space between values. Without it a message is one line on every transport.
         data = data.replace(b"\n", b" ").replace(b"\r", b" ")
     return Publication(channels, data, _key(fields.key, key))
+
+
+def _check_data(data: bytes) -> None:
+    try:
+        value = _decode(_anything, data, "data")  # Raw leaves strings and numbers unchecked.
+    except InvalidRequest as error:
+        raise InvalidParameter("data", error.detail) from None
+    if data.count(b"[") + data.count(b"{") > NESTING_MAX and _is_deep(value):
+        raise InvalidParameter("data", f"the data is nested more than {NESTING_MAX} levels deep")
+
+
+def _is_deep(value: Any) -> bool:
+    containers: list[Any] = [[value]]
+    for _ in range(NESTING_MAX + 1):
+        containers = [
+            child
+            for container in containers
+            for child in (container.values() if type(container) is dict else container)
+            if type(child) is list or type(child) is dict
+        ]
+        if not containers:
+            return False
+    return True
 
 
 def _key(member: str | UnsetType, header: str | None) -> str | None:
@@ -298,7 +322,7 @@ def _decode(decoder: msgspec.json.Decoder[Any], body: bytes, what: str) -> Any:
         raise _explain(str(error), what) from None
     except msgspec.DecodeError as error:
         reason = str(error).removeprefix("JSON is malformed: ")
-        if "surrogate" in reason or ("truncated" in reason and _HALF_SURROGATE.search(body)):
+        if "surrogate" in reason or (_ESCAPE_TROUBLE.search(reason) and _HALF_SURROGATE.search(body)):
             reason = "a \\u escape is one half of a surrogate pair, without the other"
         elif "truncated" in reason:
             reason = "it ends too soon" if body.strip() else "it is empty"
