@@ -243,6 +243,11 @@ class Lane(asyncio.Protocol):
             # The web side closes the transport, as soon as the rest of the body has come.
             self._since = self._lanes.loop.time()
 
+    def web_reads_on(self) -> None:
+        """The web side had the transport read on, whatever was sent ahead."""
+        if self._full:
+            self._transport.pause_reading()
+
     # Inside
 
     def _read(self, data: bytes) -> None:
@@ -286,7 +291,9 @@ class Lane(asyncio.Protocol):
         if self._state == READING and not self._stuck:
             data, self._buffer = self._buffer, b""
             self._read(data)
-            if len(data) > AHEAD_BYTES_MAX and not self._full:
+            if self._full:
+                self._transport.pause_reading()
+            elif len(data) > AHEAD_BYTES_MAX:
                 self._transport.resume_reading()
 
     @property

@@ -1,7 +1,7 @@
 """The web side: everything that is not a plain poll, served by aiohttp. Complete by itself: it answers polls as well.
 
-`WebConnection` is aiohttp's own connection with two changes: it tells the lane when an answer is out, and what it says
-about malformed requests is a problem document like every other error.
+`WebConnection` is aiohttp's own connection with three changes: it tells the lane when an answer is out, what it says
+about malformed requests is a problem document like every other error, and it says so as soon as they are seen.
 """
 
 import asyncio
@@ -44,6 +44,7 @@ log = logging.getLogger("pushup.web")
 _FOREVER_S: Final = 1e8
 """The keep-alive time of a web connection that a lane looks after."""
 
+_FAILED: Final = "something went wrong here; the log says what"
 _NO_HTTP: Final = "the request is not well-formed HTTP"
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -76,6 +77,11 @@ class WebConnection(web.RequestHandler):
         if transport is not None:
             transport.resume_reading()
 
+    def resume_reading(self, *args: Any, **kwargs: Any) -> None:
+        super().resume_reading(*args, **kwargs)
+        if self._lane is not None:
+            self._lane.web_reads_on()
+
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self._messages:
@@ -105,9 +111,10 @@ class WebConnection(web.RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         """A problem document for what never reached a handler, and the end of the connection."""
-        if status >= 500:
+        error: PushUpError
+        if status >= 500 and not isinstance(exc, UnicodeEncodeError):  # That is aiohttp's echo of an odd Expect header.
             log.error("a request failed", exc_info=exc)
-            error: PushUpError = PushUpError("something went wrong here; the log says what")
+            error = PushUpError(_FAILED)
         else:
             error = InvalidRequest(_NO_HTTP)
         response = _problem(error)
@@ -120,30 +127,27 @@ def make_app(node: Node, settings_body_max: int, metrics: Metrics) -> web.Applic
     """The application behind the public listener."""
     api = _Api(node)
 
+    def refuse(error: PushUpError) -> web.Response:
+        metrics.count_refused(error)
+        return _problem(error)
+
     @web.middleware
     async def say_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         response: web.StreamResponse
         try:
             response = await handler(request)
         except PushUpError as error:
-            metrics.count_refused(error)
-            response = _problem(error)
+            response = refuse(error)
         except web.HTTPException as error:
-            problem = _translate(error, request)
-            metrics.count_refused(problem)
-            response = _problem(problem)
+            response = refuse(_translate(error, request))
             if "Allow" in error.headers:
                 response.headers["Allow"] = error.headers["Allow"]
         except web.RequestPayloadError:
-            problem = InvalidRequest(_NO_HTTP)
-            metrics.count_refused(problem)
-            response = _problem(problem)
+            response = refuse(InvalidRequest(_NO_HTTP))
             response.force_close()
         except Exception:
             log.exception("a request failed", extra={"method": request.method, "path": request.path})
-            problem = PushUpError("something went wrong here; the log says what")
-            metrics.count_refused(problem)
-            response = _problem(problem)
+            response = refuse(PushUpError(_FAILED))
         response.headers.setdefault("Cache-Control", "no-store")
         if node.draining:
             response.force_close()
@@ -245,7 +249,7 @@ class _Api:
         return web.Response(body=self._openapi, content_type="application/json")
 
     async def _body(self, request: web.Request) -> bytes:
-        if request.headers.get("Content-Encoding", "identity") != "identity":
+        if request.headers.get("Content-Encoding", "identity").lower() != "identity":
             raise InvalidRequest("a request's body is sent as it is, without a Content-Encoding")
         try:
             async with asyncio.timeout(self._settings.request_timeout):

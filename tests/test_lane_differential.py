@@ -97,6 +97,7 @@ ORDINARY = {
     "Expect of a GET": get(b"/poll?channel=a&timeout=0", b"Expect: 100-continue"),
     "Expect of nothing": post(b"/nothing", DATA, b"Expect: 100-continue"),
     "Expect something else": post(b"/publish", DATA, b"Expect: more"),
+    "Expect something that is not UTF-8": post(b"/publish", DATA, b"Expect: \xff"),
     "Expect something else of a poll": post(b"/poll", POLL_BODY, b"Expect: more"),
     "Upgrade to HTTP/2": get(b"/poll?channel=a&timeout=0", b"Upgrade: h2c", b"Connection: Upgrade"),
     "Upgrade of a publication to HTTP/2": post(b"/publish", DATA, b"Upgrade: h2c", b"Connection: Upgrade"),
