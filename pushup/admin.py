@@ -23,8 +23,8 @@ PushUp {version}, admin listener
 """
 
 
-def make_admin_app(node: Node, metrics: Metrics, connections: Callable[[], int]) -> web.Application:
-    """The application behind the admin listener. `connections` counts the open client connections."""
+def make_admin_app(node: Node, metrics: Metrics) -> web.Application:
+    """The application behind the admin listener."""
 
     async def index(request: web.Request) -> web.Response:
         return web.Response(text=INDEX.format(version=__version__))
@@ -38,7 +38,6 @@ def make_admin_app(node: Node, metrics: Metrics, connections: Callable[[], int])
     async def metrics_text(request: web.Request) -> web.Response:
         metrics.parked = node.parked
         metrics.channels = node.watched
-        metrics.connections = connections()
         metrics.ready = node.ready
         return web.Response(body=metrics.exposition(), headers={"Content-Type": CONTENT_TYPE})
 

@@ -155,6 +155,7 @@ class Lane(asyncio.Protocol):
     def connection_lost(self, exc: BaseException | None) -> None:
         self._state = CLOSED
         self._lanes.open.discard(self)
+        self._lanes.metrics.connections_closed += 1
         if self._subscription is not None:
             self._lanes.node.leave(self._subscription)
             self._subscription = None
@@ -353,7 +354,6 @@ class Lane(asyncio.Protocol):
         self._answered = False
         self._body_left = max(total - len(data), 0)
         self._buffer = data[total:]
-        self._lanes.metrics.requests_web += 1
         if self._web is None:
             self._web = self._lanes.borrow(self)
             self._web.connection_made(self._transport)
@@ -372,7 +372,6 @@ class Lane(asyncio.Protocol):
             self._read_on()
 
     def _hand_over(self, data: bytes) -> None:
-        self._lanes.metrics.requests_web += 1
         self._state = CLOSED
         self._lanes.open.discard(self)
         if self._web is not None:

@@ -69,13 +69,13 @@ class Metrics(Collector):
         self.broker_read_errors = 0
         self.refused = dict.fromkeys(_CODES, 0)
         self.connections_opened = 0
+        self.connections_closed = 0
         self.requests_lane = 0
         self.requests_web = 0
         self.lag = Histogram()
         self.loop_lag = Histogram()
         self.parked = 0
         self.channels = 0
-        self.connections = 0
         self.ready = False
         self._registry = CollectorRegistry()
         self._registry.register(self)
@@ -94,7 +94,9 @@ class Metrics(Collector):
         """Called by the registry."""
         yield GaugeMetricFamily("pushup_parked_polls", "Polls that wait on this node now.", self.parked)
         yield GaugeMetricFamily("pushup_watched_channels", "Channels this node keeps a backlog of.", self.channels)
-        yield GaugeMetricFamily("pushup_open_connections", "Client connections open now.", self.connections)
+        yield GaugeMetricFamily(
+            "pushup_open_connections", "Client connections open now.", self.connections_opened - self.connections_closed
+        )
         yield GaugeMetricFamily("pushup_ready", "1 while the node is ready for polls, else 0.", float(self.ready))
         yield _by_label("pushup_polls_ended", "Polls ended, by what ended them.", "reason", self.answers)
         yield _by_label("pushup_requests_refused", "Requests answered with an error, by code.", "code", self.refused)

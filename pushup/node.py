@@ -108,6 +108,9 @@ class Node:
             self._drain(waiting[:share])
             del waiting[:share]
             await asyncio.sleep(min(DRAIN_STEP_S, remaining))
+        while self._reading or self._reads:
+            # Polls in the middle of being set up: their reads end, one way or another, within the broker's time.
+            await (asyncio.wait(self._reads) if self._reads else asyncio.sleep(0))
         self._drain(self._hub.waiting())
 
     def _drain(self, subscriptions: Sequence[Subscription]) -> None:

@@ -2,7 +2,9 @@
 
 import asyncio
 import logging
+import os
 import signal
+import socket
 from collections.abc import Callable
 from typing import Final
 
@@ -67,9 +69,7 @@ class Server:
         self._web = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=FLUSH_TIMEOUT_S)
         await self._web.setup()
         self._lanes = Lanes(self.node, self._borrow)
-        self._admin = web.AppRunner(
-            make_admin_app(self.node, self.metrics, lambda: len(self._lanes.open)), access_log=None
-        )
+        self._admin = web.AppRunner(make_admin_app(self.node, self.metrics), access_log=None)
         await self._admin.setup()
         await self.node.start()
         loop = asyncio.get_running_loop()
@@ -101,7 +101,7 @@ class Server:
     def _borrow(self, lane: Lane | None) -> WebConnection:
         server = self._web.server
         assert server is not None
-        return WebConnection(server, lane, self.settings.keepalive_timeout)
+        return WebConnection(server, lane, self.settings.keepalive_timeout, self.metrics)
 
     def _tick(self) -> None:
         loop = asyncio.get_running_loop()
@@ -126,7 +126,9 @@ async def _listen(name: str, text: str, factory: Callable[[], asyncio.BaseProtoc
             factory, address.host, address.port, backlog=ACCEPT_BACKLOG, reuse_address=True
         )
     except OSError as error:
-        raise SettingsError(f"{name} = {text!r}: cannot listen there: {error.strerror}") from None
+        # The event loop puts the address into strerror, at length; a name that does not resolve has no errno of ours.
+        reason = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
+        raise SettingsError(f"{name} = {text!r}: cannot listen there: {reason}") from None
 
 
 def _address(listener: asyncio.Server) -> str:

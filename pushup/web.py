@@ -22,7 +22,7 @@ from pushup.errors import (
     TooLarge,
 )
 from pushup.lane import Lane
-from pushup.messages import Answer, parse_channel
+from pushup.messages import Answer
 from pushup.metrics import Metrics
 from pushup.node import Node
 from pushup.wire import (
@@ -34,6 +34,7 @@ from pushup.wire import (
     parse_publication,
     parse_publications,
     parse_renewal,
+    parse_segment,
     show_info,
     show_page,
     show_receipt,
@@ -53,9 +54,9 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class WebConnection(web.RequestHandler):
     """aiohttp's connection, which may be on loan."""
 
-    __slots__ = ("_body", "_lane")
+    __slots__ = ("_body", "_for_good", "_lane", "_metrics")
 
-    def __init__(self, manager: web.Server, lane: Lane | None, keepalive_timeout: float) -> None:
+    def __init__(self, manager: web.Server, lane: Lane | None, keepalive_timeout: float, metrics: Metrics) -> None:
         super().__init__(
             manager,
             loop=asyncio.get_running_loop(),
@@ -66,6 +67,8 @@ class WebConnection(web.RequestHandler):
             logger=log,
         )
         self._lane = lane
+        self._for_good = lane is None
+        self._metrics = metrics
         self._body: StreamReader | None = None
         """That of the last request."""
 
@@ -76,6 +79,12 @@ class WebConnection(web.RequestHandler):
         self.connection_lost(None)
         if transport is not None:
             transport.resume_reading()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        super().connection_lost(exc)
+        if self._for_good:
+            self._for_good = False
+            self._metrics.connections_closed += 1
 
     def resume_reading(self, *args: Any, **kwargs: Any) -> None:
         super().resume_reading(*args, **kwargs)
@@ -96,8 +105,11 @@ class WebConnection(web.RequestHandler):
     ) -> tuple[web.StreamResponse, bool]:
         if isinstance(resp, web.HTTPException):
             # Raised where no middleware is: the client expects something unheard of, and may hold its body back.
-            resp = _problem(InvalidRequest(resp.text or resp.reason))
+            error = InvalidRequest(resp.text or resp.reason)
+            self._metrics.count_refused(error)
+            resp = _problem(error)
             resp.force_close()
+        self._metrics.requests_web += 1
         resp, reset = await super().finish_response(request, resp, start_time)
         if self._lane is not None:
             self._lane.web_answered(bool(resp.keep_alive) and not reset)
@@ -117,6 +129,7 @@ class WebConnection(web.RequestHandler):
             error = PushUpError(_FAILED)
         else:
             error = InvalidRequest(_NO_HTTP)
+        self._metrics.count_refused(error)
         response = _problem(error)
         response.headers["Server"] = "PushUp"  # Else aiohttp tells its name and version; no hook hides them here.
         response.force_close()
@@ -216,7 +229,9 @@ class _Api:
 
     async def publish(self, request: web.Request) -> web.Response:
         body = await self._body(request)
-        header = request.headers.get("Idempotency-Key")
+        header, *more = request.headers.getall("Idempotency-Key", [None])
+        if more:
+            raise InvalidRequest("the Idempotency-Key header is given more than once")
         if not is_batch(body):
             receipt = await self._node.publish(parse_publication(body, self._settings, header))
             return _json(show_receipt(receipt), 201)
@@ -227,7 +242,7 @@ class _Api:
         return _json([show_receipt(item if isinstance(item, PushUpError) else next(results)) for item in parsed])
 
     async def channels(self, request: web.Request) -> web.Response:
-        after, limit = parse_page(request.query.items())
+        after, limit = parse_page(request.rel_url.raw_query_string)
         return _json(show_page(await self._broker.channels(after, limit + 1), limit))
 
     async def create(self, request: web.Request) -> web.Response:
@@ -259,7 +274,8 @@ class _Api:
 
 
 def _channel(request: web.Request) -> str:
-    return parse_channel(request.match_info["channel"])
+    # Not match_info, which leaves alone what it cannot decode.
+    return parse_segment(request.rel_url.raw_parts[2])
 
 
 def _json(value: Any, status: int = 200) -> web.Response:

@@ -108,7 +108,7 @@ def parse_poll_query(query: str, settings: Settings) -> Poll:
     for pair in query.split("&"):
         name, _, value = pair.partition("=")
         if "%" in pair or "+" in pair:
-            name, value = _unquote(name), _unquote(value)
+            name, value = _unquote(name.replace("+", " ")), _unquote(value.replace("+", " "))
         if name == "channel":
             channels.append(parse_channel(value))
             continue
@@ -161,15 +161,14 @@ def _channels(names: Iterable[str | int], parameter: str = "channels") -> list[s
         raise InvalidParameter(parameter, error.detail) from None
 
 
-def _unquote(text: str) -> str:
-    text = text.replace("+", " ")
+def _unquote(text: str, place: str = "query") -> str:
     for part in text.split("%")[1:]:
         if len(part) < 2 or not all(digit in "0123456789abcdefABCDEF" for digit in part[:2]):
-            raise InvalidRequest(f"%{part[:2]} in the query is not a percent-encoded byte")
+            raise InvalidRequest(f"%{part[:2]} in the {place} is not a percent-encoded byte")
     try:
         return unquote_to_bytes(text).decode()
     except UnicodeDecodeError:
-        raise InvalidRequest("the query is not UTF-8 when percent-decoded") from None
+        raise InvalidRequest(f"the {place} is not UTF-8 when percent-decoded") from None
 
 
 def _parse_id(parameter: str, text: str) -> int:
@@ -287,11 +286,18 @@ def _given(value: _T | UnsetType) -> _T | None:
     return None if isinstance(value, UnsetType) else value
 
 
-def parse_page(query: Iterable[tuple[str, str]], limit_max: int = 1000) -> tuple[str, int]:
-    """`after` and `limit` of a listing."""
+def parse_segment(segment: str) -> str:
+    """A channel's name from a segment of a URL's raw path."""
+    return parse_channel(_unquote(segment, "path"))
+
+
+def parse_page(query: str, limit_max: int = 1000) -> tuple[str, int]:
+    """`after` and `limit` of a listing, from a URL's raw query."""
     after, limit = "", 100
     seen = set()
-    for name, value in query:
+    for pair in filter(None, query.split("&")):
+        name, _, value = pair.partition("=")
+        name, value = _unquote(name.replace("+", " ")), _unquote(value.replace("+", " "))
         if name in seen:
             raise InvalidParameter(name, f"{name} is given more than once")
         seen.add(name)

@@ -910,7 +910,7 @@ async def test_what_has_no_certain_length_is_handed_over_for_good() -> None:
 
         assert [response.status for response in responses] == [200, 201, 200]
         assert responses[2].json["messages"][0]["data"] == 1
-        assert (server.metrics.requests_lane, server.metrics.requests_web) == (1, 1)
+        assert (server.metrics.requests_lane, server.metrics.requests_web) == (1, 2)
         assert not server._lanes.open
         assert len(web_connections(server)) == 1
 

@@ -153,9 +153,9 @@ def test_what_is_counted_is_shown() -> None:
     metrics.messages_delivered = 2
     metrics.publications, metrics.publications_duplicate, metrics.publications_refused = 3, 4, 5
     metrics.broker_reads, metrics.broker_read_errors = 6, 7
-    metrics.connections_opened = 8
+    metrics.connections_opened, metrics.connections_closed = 8, 3
     metrics.requests_lane, metrics.requests_web = 9, 10
-    metrics.parked, metrics.channels, metrics.connections, metrics.ready = 11, 12, 13, True
+    metrics.parked, metrics.channels, metrics.ready = 11, 12, True
     metrics.lag.observe(0.5, 14)
     metrics.loop_lag.observe(0.25, 15)
 
@@ -174,7 +174,7 @@ def test_what_is_counted_is_shown() -> None:
         'pushup_requests_total{side="web"}': 10,
         "pushup_parked_polls": 11,
         "pushup_watched_channels": 12,
-        "pushup_open_connections": 13,
+        "pushup_open_connections": 5,
         "pushup_ready": 1,
         "pushup_delivery_lag_seconds_count": 14,
         "pushup_delivery_lag_seconds_sum": 7,

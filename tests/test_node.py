@@ -184,6 +184,19 @@ async def test_draining_answers_everyone_with_a_cursor() -> None:
         assert all(answer.next > 0 for answer in answers)
 
 
+async def test_draining_answers_polls_that_are_being_set_up() -> None:
+    """A poll whose channel is still being read is answered too, not cut off."""
+    async with running() as (node, broker):
+        owner = Owner()
+        node.poll(poll("a"), owner)
+        draining = asyncio.ensure_future(node.drain(0.0))
+        await asyncio.sleep(0)
+        broker.gate.set()
+        await draining
+
+        assert (await owner.told).reason == "drain"
+
+
 async def test_a_client_that_comes_back_while_draining_waits_for_the_end() -> None:
     """A client is answered once and then held, not sent round in circles for the whole window."""
     async with running() as (node, broker):

@@ -20,6 +20,7 @@ from pushup.wire import (
     parse_publication,
     parse_publications,
     parse_renewal,
+    parse_segment,
     show_info,
     show_page,
     show_receipt,
@@ -755,21 +756,22 @@ class TestPage:
     @pytest.mark.parametrize(
         ("query", "page"),
         [
-            ([], ("", 100)),
-            ([("after", "b")], ("b", 100)),
-            ([("after", "")], ("", 100)),
-            ([("limit", "1"), ("after", "é")], ("é", 1)),
-            ([("limit", "1000")], ("", 1000)),
+            ("", ("", 100)),
+            ("after=b", ("b", 100)),
+            ("after=", ("", 100)),
+            ("limit=1&after=%C3%A9", ("é", 1)),
+            ("after=a+b", ("a b", 100)),
+            ("limit=1000", ("", 1000)),
         ],
     )
-    def test_taken(self, query: list[tuple[str, str]], page: tuple[str, int]) -> None:
+    def test_taken(self, query: str, page: tuple[str, int]) -> None:
         """The first hundred, unless told otherwise."""
         assert parse_page(query) == page
 
     @pytest.mark.parametrize("value", ["", "0", "-1", "01", "1001", "10000", "1.0", "1e2", "ten", "٣", " 5"])
     def test_wrong_limits(self, value: str) -> None:
         """A limit is a whole number with an end."""
-        assert refusal(parse_page, [("limit", value)]) == (
+        assert refusal(parse_page, f"limit={value}") == (
             "invalid_parameter",
             "limit",
             "limit is an integer between 1 and 1000",
@@ -778,14 +780,38 @@ class TestPage:
     @pytest.mark.parametrize(
         ("query", "parameter", "sentence"),
         [
-            ([("before", "a")], "before", "'before' is not a parameter of a listing"),
-            ([("after", "a"), ("after", "a")], "after", "after is given more than once"),
-            ([("limit", "1"), ("limit", "2")], "limit", "limit is given more than once"),
+            ("before=a", "before", "'before' is not a parameter of a listing"),
+            ("after=a&after=a", "after", "after is given more than once"),
+            ("limit=1&limit=2", "limit", "limit is given more than once"),
         ],
     )
-    def test_wrong_parameters(self, query: list[tuple[str, str]], parameter: str, sentence: str) -> None:
+    def test_wrong_parameters(self, query: str, parameter: str, sentence: str) -> None:
         """Each once, and no others."""
         assert refusal(parse_page, query) == ("invalid_parameter", parameter, sentence)
+
+
+class TestSegments:
+    """A channel's name in a path."""
+
+    @pytest.mark.parametrize(
+        ("segment", "name"), [("news", "news"), ("a%2Fb", "a/b"), ("a+b", "a+b"), ("%7Bx%7D", "{x}"), ("17", "17")]
+    )
+    def test_taken(self, segment: str, name: str) -> None:
+        """Percent-decoded as UTF-8; a plus is a plus."""
+        assert parse_segment(segment) == name
+
+    @pytest.mark.parametrize(
+        ("segment", "sentence"),
+        [
+            ("%zz", "%zz in the path is not a percent-encoded byte"),
+            ("%", "% in the path is not a percent-encoded byte"),
+            ("%ff", "the path is not UTF-8 when percent-decoded"),
+        ],
+    )
+    def test_wrong(self, segment: str, sentence: str) -> None:
+        """What cannot be decoded names no channel, not even one that is called so."""
+        with pytest.raises(InvalidRequest, match=sentence):
+            parse_segment(segment)
 
 
 def info(channel: str) -> ChannelInfo:
