@@ -1,0 +1,160 @@
+"""`python -m loadtest list | run SCENARIO… | report`."""
+
+import argparse
+import json
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from types import FrameType
+
+from loadtest.report import write
+from loadtest.results import METRICS, Measurement, Result, save
+from loadtest.scenarios import Scenario, catalogue, count_steps, run
+from loadtest.servers import ServerError
+
+ROUNDS = 5
+QUICK_ROUNDS = 2
+BAR_CELLS = 30
+
+
+class Progress:
+    """A bar with the time left, on a terminal; elsewhere a line per measurement."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._done = 0
+        self._begin = time.monotonic()
+        self._title = ""
+        self._terminal = sys.stderr.isatty()
+
+    def step(self) -> None:
+        """One more step is done."""
+        self._done = min(self._done + 1, self._total)
+        self._draw()
+
+    def note(self, scenario: Scenario, measurement: Measurement) -> None:
+        """Say what was measured."""
+        shown = (
+            "memory_per_poll_bytes",
+            "cpu_delivery_and_park_us",
+            "deliveries_per_s",
+            "latency_p99_ms",
+            "publications_per_s",
+            "cpu_publication_us",
+        )
+        parts = [
+            f"{measurement.values[name] / METRICS[name].scale:,.{METRICS[name].digits}f} {METRICS[name].unit}"
+            for name in shown
+            if name in measurement.values
+        ]
+        text = measurement.failure or " · ".join(parts)
+        mark = " (client-bound)" if measurement.client_bound else " (disturbed)" if measurement.disturbed else ""
+        self._say(f"{scenario.name}, {measurement.case}, round {measurement.round}, {measurement.server}: {text}{mark}")
+
+    def _say(self, line: str) -> None:
+        print(f"\r\033[K{line}" if self._terminal else line, file=sys.stderr, flush=True)
+        self._draw()
+
+    def _draw(self) -> None:
+        if self._terminal and self._done:
+            elapsed = time.monotonic() - self._begin
+            left = int(elapsed / self._done * (self._total - self._done))
+            bar = "#" * (BAR_CELLS * self._done // self._total)
+            text = f"[{bar:.<{BAR_CELLS}}] {100 * self._done // self._total} %, {left // 60}:{left % 60:02} left"
+            print(f"\r\033[K{text}", end="" if self._done < self._total else "\r\033[K", file=sys.stderr, flush=True)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
+    parser = argparse.ArgumentParser(prog="python -m loadtest", description="Measure PushUp and its peers.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("list", help="say what can be measured")
+    running = commands.add_parser("run", help="measure, and keep the raw results")
+    running.add_argument("scenarios", nargs="*", metavar="SCENARIO", help="see list")
+    running.add_argument("--all", action="store_true", help="every scenario")
+    running.add_argument("--quick", action="store_true", help="small sizes: shows that it works, not how well")
+    running.add_argument(
+        "--rounds", type=int, metavar="N", help=f"rounds of each scenario [{ROUNDS}; quick {QUICK_ROUNDS}]"
+    )
+    running.add_argument("--no-pin", action="store_true", help="let the kernel choose the cores")
+    running.add_argument(
+        "--json", type=Path, metavar="FILE", help="write there, not to results/ (an array if scenarios are several)"
+    )
+    commands.add_parser("report", help="make REPORT.md from the newest result of each scenario")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; its exit status: 0, 1 if something could not be measured at all, 2 if it was called wrongly."""
+    signal.signal(signal.SIGTERM, _stop)
+    parser = make_parser()
+    parsed = parser.parse_args(arguments)
+    if parsed.command == "list":
+        for name, scenario in catalogue().items():
+            print(f"{name:14} {scenario.question}")
+        return 0
+    if parsed.command == "report":
+        try:
+            print(f"wrote {write(list(catalogue())).name}")
+        except FileNotFoundError as error:
+            print(f"loadtest: {error}", file=sys.stderr)
+            return 1
+        return 0
+    known = catalogue(quick=parsed.quick)
+    names = list(known) if parsed.all else list(dict.fromkeys(parsed.scenarios))
+    wrong = [name for name in names if name not in known]
+    if wrong or not names:
+        parser.error(f"no such scenario: {', '.join(wrong)}" if wrong else "name a scenario, or say --all")
+    rounds = (QUICK_ROUNDS if parsed.quick else ROUNDS) if parsed.rounds is None else parsed.rounds
+    if rounds < 1:
+        parser.error("--rounds is 1 or more")
+    try:
+        results = _run([known[name] for name in names], rounds, parsed.quick, not parsed.no_pin, parsed.json)
+    except ServerError as error:
+        print(f"loadtest: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0 if all(_complete(result) for result in results) else 1
+
+
+def _run(scenarios: Sequence[Scenario], rounds: int, quick: bool, pin: bool, file: Path | None) -> list[Result]:
+    progress = Progress(sum(count_steps(scenario, rounds) for scenario in scenarios))
+    results = []
+    for scenario in scenarios:
+        command = f"python -m loadtest run {scenario.name}{' --quick' if quick else ''}"
+        command += f" --rounds {rounds}{'' if pin else ' --no-pin'}"
+        result = run(
+            scenario,
+            rounds,
+            quick=quick,
+            pin=pin,
+            command=command,
+            step=progress.step,
+            note=partial(progress.note, scenario),
+        )
+        results.append(result)
+        if file is None:
+            print(f"wrote results/{save(result).name}")
+        elif len(scenarios) == 1:
+            save(result, file)
+    if file is not None and len(scenarios) > 1:
+        file.write_text(json.dumps([result.to_json() for result in results], ensure_ascii=False) + "\n")
+    return results
+
+
+def _complete(result: Result) -> bool:
+    """Whether every case was measured on every server at least once."""
+    wanted = {(measurement.case, measurement.server) for measurement in result.measurements}
+    return wanted == {(one.case, one.server) for one in result.measurements if not one.failure}
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""REPORT.md, made from the newest result of each scenario and nothing else."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from loadtest.results import (
+    CLIENT_BOUND_BUSY,
+    DISTURBED,
+    METRICS,
+    OURS,
+    RESULTS,
+    Measurement,
+    Medians,
+    Result,
+    newest,
+)
+
+REPORT: Final = Path(__file__).parent / "REPORT.md"
+
+INTRODUCTION: Final = f"""\
+# PushUp and its peers, measured
+
+Made by `python -m loadtest report` from the raw files named below; no number comes from elsewhere. Each is the median
+of the file's rounds, with the least and the greatest in brackets; a ratio is PushUp's median divided by the other's.
+
+How it was measured:
+
+- One server at a time, a fresh process for each measurement; the servers take turns within each round. Clients,
+  publishers and server talk over the loopback address of one machine. Every answer is checked to its last byte.
+- Memory is what the server's processes allocated (`Pss_Anon` and `Pss_Shmem`), after all polls are parked less before
+  the first connection, divided by the polls. Kernel memory (slabs, TCP buffers; both ends of each connection and the
+  rest of the machine) is beside it.
+- CPU is the run time of all of the server's threads (`schedstat`, ns), read while it rests: before the publication,
+  after the last answer, after all polls are parked again. A delivery's CPU includes its share of the publication.
+- Deliveries/s is the number of polls divided by the time from sending the publication to receiving the last answer.
+- The client spins while answers are due, where it has a core of its own: to wake a sleeping client would cost the
+  server time that it does not spend on clients elsewhere. Its core's busy share leaves the spinning out.
+- *Client-bound*: the client used {CLIENT_BOUND_BUSY:.0%} or more of a core while the server did not. *Disturbed*: other
+  processes kept server and client from their cores for more than {DISTURBED:.0%} of the time.
+"""
+
+
+def write(order: Sequence[str] = (), results: Path = RESULTS, report: Path = REPORT) -> Path:
+    """Write the report; scenarios in that order, others after them. Raises FileNotFoundError without any result."""
+    found = newest(results)
+    if not found:
+        raise FileNotFoundError("there are no results; run something first")
+    names = [name for name in order if name in found] + sorted(set(found) - set(order))
+    report.write_text(render([(found[name][0].name, found[name][1]) for name in names]))
+    return report
+
+
+def render(results: Sequence[tuple[str, Result]]) -> str:
+    """The report's text. `results`: file name and result of each scenario, in order."""
+    parts = [INTRODUCTION]
+    judged = [(result, target) for _, result in results for target in result.targets]
+    if judged:
+        parts.append("## Targets\n")
+        parts.append(_targets([(f"{result.scenario}: ", target) for result, target in judged]))
+    parts.extend(_scenario(name, result) for name, result in results)
+    return "\n".join(parts)
+
+
+def _scenario(name: str, result: Result) -> str:
+    medians = Medians(result.measurements)
+    lines = [f"## {result.scenario}", "", result.question, ""]
+    if result.quick:
+        lines += ["**A quick run: sizes are scaled down. It shows that the tool works; draw no conclusions.**", ""]
+    started = result.started
+    lines += [
+        f"- raw: [results/{name}](results/{name}), made by `{result.command}`, "
+        f"{started[:4]}-{started[4:6]}-{started[6:8]} {started[9:11]}:{started[11:13]} UTC, {result.seconds:.0f} s",
+        f"- machine: {_facts(result.machine)}; {result.pinning}",
+        *(f"- {server}: {_facts(versions)}" for server, versions in result.versions.items()),
+        *_doubts(result.measurements),
+        "",
+    ]
+    for case, parameters in result.parameters.items():
+        lines += [f"### {result.scenario}: {case}", "", f"Parameters: {_facts(parameters)}.", ""]
+        lines += [_table(medians, case), ""]
+    if result.targets:
+        lines += [_targets([("", target) for target in result.targets])]
+    return "\n".join(lines)
+
+
+def _doubts(measurements: Sequence[Measurement]) -> list[str]:
+    """What the reader should know before believing the numbers."""
+    lines = []
+    for word, chosen in (
+        ("failed", [measurement for measurement in measurements if measurement.failure]),
+        ("client-bound", [measurement for measurement in measurements if measurement.client_bound]),
+        ("disturbed", [measurement for measurement in measurements if measurement.disturbed]),
+    ):
+        if chosen:
+            counts: dict[str, int] = {}
+            for measurement in chosen:
+                key = f"{measurement.server}, {measurement.case}"
+                counts[key] = counts.get(key, 0) + 1
+            shown = "; ".join(f"{key}: {count}" for key, count in counts.items())
+            lines.append(f"- **{word}: {len(chosen)} of {len(measurements)} measurements** ({shown})")
+    reasons = dict.fromkeys(
+        f"{measurement.server}: {measurement.failure}" for measurement in measurements if measurement.failure
+    )
+    lines += [f"  - {_one_line(reason)}" for reason in reasons]
+    return lines
+
+
+def _table(medians: Medians, case: str) -> str:
+    servers = medians.servers(case)
+    if not servers:
+        return "Nothing could be measured."
+    peers = [server for server in servers if server != OURS]
+    rows = [["", *servers, *(f"{OURS} / {peer}" for peer in peers if OURS in servers)]]
+    for metric in medians.metrics(case):
+        about = METRICS[metric]
+        row = [f"{about.title} ({about.unit})"]
+        for server in servers:
+            middle = medians.of(case, metric, server)
+            if middle is None:
+                row.append("–")
+                continue
+            low, high = (f"{value / about.scale:,.{about.digits}f}" for value in medians.ranges[case, metric, server])
+            row.append(f"{middle / about.scale:,.{about.digits}f} ({low}–{high})")
+        for peer in peers if OURS in servers else ():
+            ratio = medians.ratio(case, metric, peer)
+            row.append("–" if ratio is None else f"{ratio:.2f}")
+        rows.append(row)
+    return _markdown(rows)
+
+
+def _targets(targets: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    rows = [["target", "bound", "found", "met"]]
+    for prefix, target in targets:
+        found = "–" if target["value"] is None else f"{target['value']:.2f}"
+        met = {True: "yes", False: "**no**", None: "not measured"}[target["met"]]
+        rows.append([prefix + target["text"], f"{'≤' if target['at_most'] else '≥'} {target['bound']:.2f}", found, met])
+    return _markdown(rows) + "\n"
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = rows
+    lines = [head, ["---", *("---:" for _ in head[1:])], *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _facts(facts: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{name.replace('_', ' ')} {value:,}" if isinstance(value, int) else f"{name.replace('_', ' ')} {value}"
+        for name, value in facts.items()
+        if value != ""
+    )
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:300]

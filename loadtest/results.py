@@ -1,0 +1,213 @@
+"""What a run leaves behind: raw rounds, the medians and ratios made from them, and which targets were met."""
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any, Final
+
+from loadtest.machine import Facts
+
+RESULTS: Final = Path(__file__).parent / "results"
+
+_NUMBERS: Final = re.compile(r"\[\s+([-+.\deE,\s]+?)\s+\]")
+
+OURS: Final = "PushUp"
+
+Values = dict[str, float]
+"""Measured values by metric; `METRICS` says what they are."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A measured quantity as the report shows it. `scale`: what the value is divided by to be shown in `unit`."""
+
+    title: str
+    unit: str
+    digits: int = 1
+    scale: float = 1.0
+
+
+METRICS: Final[Mapping[str, Metric]] = {
+    "memory_per_poll_bytes": Metric("memory per parked poll", "B", 0),
+    "memory_per_poll_after_bytes": Metric("the same, parked again after the publications", "B", 0),
+    "memory_per_connection_bytes": Metric("memory per connection that has not asked yet", "B", 0),
+    "kernel_per_connection_bytes": Metric("kernel memory per connection, both ends, whole machine", "B", 0),
+    "cpu_delivery_us": Metric("server CPU per delivery", "µs", 2),
+    "cpu_park_us": Metric("server CPU to park again", "µs", 2),
+    "cpu_delivery_and_park_us": Metric("server CPU per delivery and to park again", "µs", 2),
+    "cpu_publication_us": Metric("server CPU per publication", "µs", 2),
+    "deliveries_per_s": Metric("deliveries", "/s", 0),
+    "publications_per_s": Metric("publications", "/s", 0),
+    "latency_p50_ms": Metric("publish → answer, p50", "ms", 2),
+    "latency_p99_ms": Metric("publish → answer, p99", "ms", 2),
+    "latency_p999_ms": Metric("publish → answer, p99.9", "ms", 2),
+    "latency_max_ms": Metric("publish → answer, max", "ms", 2),
+    "acknowledged_p50_ms": Metric("publish → acknowledged, p50", "ms", 2),
+    "acknowledged_p99_ms": Metric("publish → acknowledged, p99", "ms", 2),
+    "server_busy": Metric("server's core busy while answering", "%", 0, 0.01),
+    "client_busy": Metric("client's core busy meanwhile", "%", 0, 0.01),
+    "waited": Metric("time that other processes kept server or client from a core", "%", 1, 0.01),
+}
+
+CLIENT_BOUND_BUSY: Final = 0.9
+"""A measurement says more about the client than the server if the client was busier than this and the server less."""
+
+DISTURBED: Final = 0.05
+"""A measurement is disturbed if other processes kept server and client from running for more of its time."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one round measured of one server in one case. `samples`: the single publications, in order."""
+
+    round: int
+    case: str
+    server: str
+    values: Values = field(default_factory=dict)
+    samples: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    failure: str = ""
+
+    @property
+    def client_bound(self) -> bool:
+        """Whether the client, not the server, set the pace."""
+        return (
+            self.values.get("client_busy", 0) >= CLIENT_BOUND_BUSY
+            and self.values.get("server_busy", 1) < CLIENT_BOUND_BUSY
+        )
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether other processes took too much of the machine."""
+        return self.values.get("waited", 0) > DISTURBED
+
+
+class Medians:
+    """The medians over a run's rounds, by case, metric and server. Failed measurements do not count."""
+
+    def __init__(self, measurements: Iterable[Measurement]) -> None:
+        collected: dict[tuple[str, str, str], list[float]] = {}
+        for measurement in measurements:
+            if not measurement.failure:
+                for metric, value in measurement.values.items():
+                    collected.setdefault((measurement.case, metric, measurement.server), []).append(value)
+        self.values = {key: median(values) for key, values in collected.items()}
+        self.ranges = {key: (min(values), max(values)) for key, values in collected.items()}
+
+    def of(self, case: str, metric: str, server: str) -> float | None:
+        """The median; None if nothing was measured."""
+        return self.values.get((case, metric, server))
+
+    def ratio(self, case: str, metric: str, peer: str) -> float | None:
+        """PushUp's median divided by the peer's; None where either is missing."""
+        ours, theirs = self.of(case, metric, OURS), self.of(case, metric, peer)
+        return None if ours is None or not theirs else ours / theirs
+
+    def cases(self) -> list[str]:
+        """In the order of measuring."""
+        return list(dict.fromkeys(case for case, _, _ in self.values))
+
+    def servers(self, case: str) -> list[str]:
+        """In the order of measuring."""
+        return list(dict.fromkeys(server for other, _, server in self.values if other == case))
+
+    def metrics(self, case: str) -> list[str]:
+        """In the order of `METRICS`."""
+        found = {metric for other, metric, _ in self.values if other == case}
+        return [metric for metric in METRICS if metric in found]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A promise about medians: `value` at most, or at least, `bound`."""
+
+    text: str
+    value: Callable[[Medians], float | None]
+    bound: float
+    at_most: bool = True
+
+    def judge(self, medians: Medians) -> dict[str, Any]:
+        """The target with the value found; `met` is None if there is none."""
+        value = self.value(medians)
+        met = None if value is None else value <= self.bound if self.at_most else value >= self.bound
+        return {"text": self.text, "value": value, "bound": self.bound, "at_most": self.at_most, "met": met}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One scenario, run: what a result file holds. `command` makes it again."""
+
+    scenario: str
+    question: str
+    command: str
+    started: str
+    seconds: float
+    quick: bool
+    machine: Facts
+    versions: Mapping[str, Mapping[str, str]]
+    pinning: str
+    parameters: Mapping[str, Mapping[str, int]]
+    measurements: Sequence[Measurement]
+    targets: Sequence[Mapping[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, with the medians and ratios computed."""
+        medians = Medians(self.measurements)
+        computed: dict[str, dict[str, dict[str, float]]] = {}
+        for (case, metric, server), value in medians.values.items():
+            computed.setdefault(case, {}).setdefault(metric, {})[server] = value
+            ratio = medians.ratio(case, metric, server)
+            if server != OURS and ratio is not None:
+                computed[case][metric][f"{OURS}/{server}"] = ratio
+        return {**asdict(self), "medians": computed}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> "Result":
+        """The result that a file holds; the medians are computed anew."""
+        fields = {name: value for name, value in data.items() if name != "medians"}
+        fields["measurements"] = [Measurement(**measurement) for measurement in data["measurements"]]
+        return Result(**fields)
+
+
+def save(result: Result, path: Path | None = None) -> Path:
+    """Write the result to `path`, else to a file of its own among the results."""
+    if path is None:
+        path = RESULTS / f"{result.scenario}-{result.started}.json"
+        path.parent.mkdir(exist_ok=True)
+    path.write_text(dump(result.to_json()))
+    return path
+
+
+def dump(data: Any) -> str:
+    """JSON that can be read and compared: a line per field, but a list of numbers on one line."""
+    text = json.dumps(data, indent=1, ensure_ascii=False)
+    return _NUMBERS.sub(lambda found: "[" + ", ".join(found[1].replace(",", " ").split()) + "]", text) + "\n"
+
+
+def newest(directory: Path = RESULTS) -> dict[str, tuple[Path, Result]]:
+    """The newest result of each scenario; a quick one only where there is no other."""
+    found: dict[str, tuple[Path, Result]] = {}
+    for path in directory.glob("*.json"):
+        result = Result.from_json(json.loads(path.read_text()))
+        best = found.get(result.scenario)
+        if best is None or _rank(result) > _rank(best[1]):
+            found[result.scenario] = (path, result)
+    return found
+
+
+def _rank(result: Result) -> tuple[bool, str]:
+    return (not result.quick, result.started)
+
+
+def utc_now() -> str:
+    """The date and time in UTC, as file names have it: 20260102T030405Z."""
+    return datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+
+
+def percentile(ordered: Sequence[float], percent: float) -> float:
+    """The smallest of the ordered values that `percent` of them do not exceed (nearest rank)."""
+    return ordered[max(math.ceil(len(ordered) * percent / 100), 1) - 1]

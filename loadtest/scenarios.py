@@ -1,0 +1,530 @@
+"""What is measured, how, and what was promised of it."""
+
+import math
+import os
+import random
+import resource
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Final
+
+from loadtest.dialects import Dialect, make_payload
+from loadtest.fleet import Delivery, Fleet, FleetError, Publication
+from loadtest.machine import Cores, Ran, facts, kernel_bytes, plan_cores
+from loadtest.results import OURS, Measurement, Medians, Result, Target, Values, percentile, utc_now
+from loadtest.servers import Nchan, PushUp, Server, ServerError
+
+PATIENCE_S: Final = 60.0
+"""How long one publication's answers, or one sweep's, may take before the round counts as failed."""
+PARK_S: Final = 30.0
+WARM_UP_POLLS: Final = 50
+WARM_UP_PUBLICATIONS: Final = 3
+BATCH: Final = 100
+SEED: Final = 2041
+LANES: Final = 16
+"""Connections to publish over where one publication answers one poll."""
+
+Parameters = Mapping[str, int]
+Samples = dict[str, list[float]]
+Step = Callable[[], None]
+Headers = Callable[[int], bytes]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a case is measured with. `step` is called after every sweep; `spin`: the client has a core to itself."""
+
+    server: Server
+    parameters: Parameters
+    step: Step
+    spin: bool
+
+    def fleet(self) -> Fleet:
+        """Clients of the server."""
+        return Fleet(self.server.address, self.server.dialect, spin=self.spin)
+
+
+Measure = Callable[[Bench], tuple[Values, Samples]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way of measuring, alike for every server. `parameters["sweeps"]` steps are reported while it is measured."""
+
+    name: str
+    parameters: Parameters
+    measure: Measure
+    servers: tuple[type[Server], ...] = (PushUp, Nchan)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A question, the cases that answer it, and the targets."""
+
+    name: str
+    question: str
+    cases: tuple[Case, ...]
+    targets: tuple[Target, ...] = ()
+
+
+# Measuring
+
+
+def no_headers(index: int) -> bytes:
+    """Nothing but what HTTP demands."""
+    return b""
+
+
+@dataclass(frozen=True)
+class Crowd:
+    """Clients that poll, and what is said to them. Each sweep answers every poll exactly once.
+
+    `sweep`: the publications of the sweep of that number, for that server.
+    """
+
+    subscriptions: Sequence[Sequence[str]]
+    sweep: Callable[[int, Dialect], Sequence[Publication]]
+    publishers: int = 1
+    headers: Headers = no_headers
+
+
+def measure_crowd(bench: Bench, crowd: Crowd) -> tuple[Values, Samples]:
+    """Memory and processor time of parking the crowd and answering it `sweeps` times.
+
+    The server's processor time is read while it rests: before a sweep, after its last answer, after all are parked
+    again. With `again` clients poll at once after an answer, and the two times cannot be told apart.
+    """
+    server, count, again = bench.server, len(crowd.subscriptions), bool(bench.parameters.get("again"))
+    sweeps = bench.parameters["sweeps"]
+    _warm_up(bench, crowd)
+    deliveries: list[Delivery] = []
+    answering: list[Ran] = []
+    delivering: list[Ran] = []
+    parking: list[Ran] = []
+    with bench.fleet() as fleet:
+        fleet.add_publishers(crowd.publishers)
+        server.settle()
+        kernel_before, before = kernel_bytes(), server.memory()
+        fleet.add_pollers(crowd.subscriptions, crowd.headers)
+        server.settle()
+        connected, kernel = server.memory() - before, kernel_bytes() - kernel_before
+        fleet.park()
+        _await_parked(server, fleet, count)
+        parked = server.memory() - before
+        bench.step()
+        ticks_before, cpu_before = server.ticks_ns(), server.ran().cpu
+        for number in range(sweeps):
+            publications = crowd.sweep(number, server.dialect)
+            start = server.settle()
+            deliveries.append(fleet.publish(publications, PATIENCE_S, again=again))
+            answering.append(server.ran() - start)
+            middle = server.settle()
+            fleet.park()
+            end = _await_parked(server, fleet, count)
+            delivering.append(middle - start)
+            parking.append(end - middle)
+            bench.step()
+        used = server.ran().cpu - cpu_before
+        by_ticks = server.ticks_ns() - ticks_before
+        after = server.memory() - before
+    answers = count * sweeps
+    delivering_us, parking_us = (sum(ran.cpu for ran in phase) / answers / 1e3 for phase in (delivering, parking))
+    values: Values = {
+        "memory_per_poll_bytes": parked.own / count,
+        "memory_per_poll_after_bytes": after.own / count,
+        "memory_per_connection_bytes": connected.own / count,
+        "kernel_per_connection_bytes": kernel / count,
+        "cpu_delivery_and_park_us": delivering_us + parking_us,
+        "deliveries_per_s": count / _median_wall_s(deliveries),
+        **_pace(deliveries, answering),
+        **_latencies([latency for delivery in deliveries for latency in delivery.answers]),
+    }
+    if not again:
+        values["cpu_delivery_us"] = delivering_us
+        values["cpu_park_us"] = parking_us
+    ordered = sorted(latency / 1e6 for delivery in deliveries for latency in delivery.answers)
+    samples: Samples = {
+        "cpu_answering_s": [ran.cpu / 1e9 for ran in delivering],
+        "cpu_parking_s": [ran.cpu / 1e9 for ran in parking],
+        "wall_s": [delivery.wall / 1e9 for delivery in deliveries],
+        "client_cpu_s": [delivery.client.cpu / 1e9 for delivery in deliveries],
+        "client_idle_s": [delivery.idle / 1e9 for delivery in deliveries],
+        "latency_max_ms": [max(delivery.answers) / 1e6 for delivery in deliveries],
+        "latency_percentiles_ms": [round(percentile(ordered, percent), 3) for percent in range(101)],
+        "cpu_by_schedstat_and_ticks_s": [used / 1e9, by_ticks / 1e9],
+        "memory_anonymous_shared_pss_bytes": [float(value) for value in parked],
+    }
+    return values, samples
+
+
+def measure_publishing(bench: Bench) -> tuple[Values, Samples]:
+    """Publications to channels nobody polls: `messages` a sweep over `channels`, `batch` to a request."""
+    server, parameters = bench.server, bench.parameters
+    messages, batch, channels = parameters["messages"], parameters["batch"], parameters["channels"]
+    size = parameters["message_bytes"]
+    items = [(f"quiet{index}", make_payload(f"quiet{index}", 0, size)) for index in range(channels)]
+    requests = [
+        _request(server.dialect, [items[(first + index) % channels] for index in range(batch)])
+        for first in range(0, channels, batch)
+    ]
+    publications = [requests[index % len(requests)] for index in range(messages // batch)]
+    deliveries, answering, used = [], [], []
+    with bench.fleet() as fleet:
+        fleet.add_publishers(parameters["publishers"])
+        fleet.publish(publications[: max(len(publications) // 10, 1)], PATIENCE_S)
+        bench.step()
+        for _ in range(parameters["sweeps"]):
+            start = server.settle()
+            deliveries.append(fleet.publish(publications, PATIENCE_S))
+            answering.append(server.ran() - start)
+            used.append(server.settle() - start)
+            bench.step()
+    acknowledged = sorted(latency for delivery in deliveries for latency in delivery.acknowledgements)
+    total = messages * parameters["sweeps"]
+    return {
+        "publications_per_s": messages / _median_wall_s(deliveries),
+        "cpu_publication_us": sum(ran.cpu for ran in used) / total / 1e3,
+        "acknowledged_p50_ms": percentile(acknowledged, 50) / 1e6,
+        "acknowledged_p99_ms": percentile(acknowledged, 99) / 1e6,
+        **_pace(deliveries, answering),
+    }, {
+        "cpu_s": [ran.cpu / 1e9 for ran in used],
+        "wall_s": [delivery.wall / 1e9 for delivery in deliveries],
+        "client_cpu_s": [delivery.client.cpu / 1e9 for delivery in deliveries],
+        "client_idle_s": [delivery.idle / 1e9 for delivery in deliveries],
+    }
+
+
+def _request(dialect: Dialect, items: Sequence[tuple[str, bytes]], polls: int = 0) -> Publication:
+    request = dialect.publish(*items[0]) if len(items) == 1 else dialect.publish_batch(items)
+    return Publication(request, tuple(payload for _, payload in items), polls)
+
+
+def _warm_up(bench: Bench, crowd: Crowd) -> None:
+    """A few polls like those to come, so that what a server allocates once is not counted as theirs."""
+    polls = min(WARM_UP_POLLS, len(crowd.subscriptions))
+    size = bench.parameters["message_bytes"]
+    with bench.fleet() as fleet:
+        fleet.add_publishers(1)
+        width = len(crowd.subscriptions[0])
+        channels = [f"warm{index}" for index in range(width)]
+        fleet.add_pollers([channels] * polls, crowd.headers)
+        for number in range(WARM_UP_PUBLICATIONS):
+            fleet.park()
+            _await_parked(bench.server, fleet, polls)
+            item = (channels[0], make_payload(channels[0], number, size))
+            fleet.publish([_request(bench.server.dialect, [item], polls)], PATIENCE_S)
+    _await_count(bench.server, 0)
+
+
+def _await_parked(server: Server, fleet: Fleet, count: int) -> Ran:
+    """Wait until so many polls are parked and the server rests; how long it had run by then."""
+    deadline = time.monotonic() + PARK_S
+    while True:
+        settled = server.settle()
+        fleet.expect_silence()
+        if server.parked() == count:
+            return settled
+        if time.monotonic() > deadline:
+            raise FleetError(f"{server.parked()} of {count} polls are parked after {PARK_S:.0f} s")
+
+
+def _await_count(server: Server, count: int) -> None:
+    deadline = time.monotonic() + PARK_S
+    while server.parked() != count:
+        if time.monotonic() > deadline:
+            raise FleetError(f"{server.parked()} polls are parked after {PARK_S:.0f} s, not {count}")
+        time.sleep(0.05)
+
+
+def _median_wall_s(deliveries: Sequence[Delivery]) -> float:
+    return median(delivery.wall for delivery in deliveries) / 1e9
+
+
+def _pace(deliveries: Sequence[Delivery], server: Sequence[Ran]) -> Values:
+    """How busy either side was from the first sending to the last answer; the kernel tells to some 4 ms."""
+    wall = sum(delivery.wall for delivery in deliveries)
+    clients = [delivery.client for delivery in deliveries]
+    return {
+        "server_busy": sum(ran.cpu for ran in server) / wall,
+        "client_busy": max(sum(delivery.client.cpu - delivery.idle for delivery in deliveries), 0) / wall,
+        "waited": (sum(ran.waited for ran in server) + sum(ran.waited for ran in clients)) / wall,
+    }
+
+
+def _latencies(latencies: list[int]) -> Values:
+    latencies.sort()
+    return {
+        "latency_p50_ms": percentile(latencies, 50) / 1e6,
+        "latency_p99_ms": percentile(latencies, 99) / 1e6,
+        "latency_p999_ms": percentile(latencies, 99.9) / 1e6,
+        "latency_max_ms": latencies[-1] / 1e6,
+    }
+
+
+# The crowds
+
+
+def measure_fan_out(bench: Bench) -> tuple[Values, Samples]:
+    """`polls` clients of one channel; a sweep is one publication."""
+    return measure_crowd(bench, _audience(bench.parameters))
+
+
+def measure_browsers(bench: Bench) -> tuple[Values, Samples]:
+    """The fan-out with the headers of as many different browsers."""
+    return measure_crowd(bench, replace(_audience(bench.parameters), headers=browser_headers))
+
+
+def _audience(parameters: Parameters) -> Crowd:
+    def sweep(number: int, dialect: Dialect) -> list[Publication]:
+        return [_request(dialect, [("news", make_payload("news", number, parameters["message_bytes"]))], polls)]
+
+    polls = parameters["polls"]
+    return Crowd([("news",)] * polls, sweep)
+
+
+def measure_many_channels(bench: Bench) -> tuple[Values, Samples]:
+    """A channel of its own for each of `polls` clients; a sweep is one publication to each, `batch` to a request."""
+    parameters = bench.parameters
+    names = [f"own{index}" for index in range(parameters["polls"])]
+    batch = parameters["batch"]
+
+    def sweep(number: int, dialect: Dialect) -> list[Publication]:
+        items = [(name, make_payload(name, number, parameters["message_bytes"])) for name in names]
+        return [_request(dialect, items[first : first + batch], 1) for first in range(0, len(items), batch)]
+
+    return measure_crowd(bench, Crowd([(name,) for name in names], sweep, parameters["publishers"]))
+
+
+def measure_ten_channels(bench: Bench) -> tuple[Values, Samples]:
+    """`polls` clients of `width` channels each, every channel polled by `audience` clients.
+
+    A sweep is one publication to each channel of one column, which together answer every poll once.
+    """
+    parameters = bench.parameters
+    table = make_columns(parameters["polls"], parameters["width"], parameters["audience"])
+    columns = parameters["polls"] // parameters["audience"]
+
+    def sweep(number: int, dialect: Dialect) -> list[Publication]:
+        column = number % parameters["width"]
+        names = [f"c{column}n{index}" for index in range(columns)]
+        return [
+            _request(dialect, [(name, make_payload(name, number, parameters["message_bytes"]))], parameters["audience"])
+            for name in names
+        ]
+
+    return measure_crowd(bench, Crowd(table, sweep))
+
+
+def make_columns(polls: int, width: int, audience: int) -> list[list[str]]:
+    """The channels of each poll: one from each of `width` columns, at random; each channel has `audience` polls."""
+    shuffle = random.Random(SEED).shuffle
+    columns = []
+    for column in range(width):
+        names = [f"c{column}n{index // audience}" for index in range(polls)]
+        shuffle(names)
+        columns.append(names)
+    return [list(names) for names in zip(*columns, strict=True)]
+
+
+def browser_headers(index: int) -> bytes:
+    """What a browser behind a proxy sends; no two indexes alike. Whole lines."""
+    chaos = random.Random(index)
+    major = chaos.randrange(110, 140)
+    system = chaos.choice(("Windows NT 10.0; Win64; x64", "Macintosh; Intel Mac OS X 10_15_7", "X11; Linux x86_64"))
+    address = f"198.{chaos.choice((18, 19))}.{chaos.randrange(256)}.{chaos.randrange(256)}"
+    lines = {
+        "Connection": "keep-alive",
+        "sec-ch-ua": f'"Chromium";v="{major}", "Not=A?Brand";v="24", "Google Chrome";v="{major}"',
+        "sec-ch-ua-mobile": "?0",
+        "User-Agent": f"Mozilla/5.0 ({system}) AppleWebKit/537.36 (KHTML, like Gecko) "
+        f"Chrome/{major}.0.{chaos.randrange(10000)}.{index} Safari/537.36",
+        "Accept": "application/json, text/plain, */*",
+        "Sec-Fetch-Site": "same-origin",
+        "Sec-Fetch-Mode": "cors",
+        "Sec-Fetch-Dest": "empty",
+        "Referer": f"https://www.example.com/board/{chaos.randrange(10**6)}",
+        "Accept-Encoding": "gzip, deflate, br",
+        "Accept-Language": chaos.choice(("en-GB,en;q=0.9", "de-DE,de;q=0.9,en;q=0.7", "zh-TW,zh;q=0.9,en;q=0.5")),
+        "Cookie": f"session={chaos.getrandbits(128):032x}; csrf={chaos.getrandbits(128):032x}; theme=dark; "
+        f"_ga=GA1.1.{chaos.randrange(10**9)}.{chaos.randrange(10**9)}",
+        "X-Forwarded-For": address,
+        "X-Forwarded-Proto": "https",
+    }
+    return "".join(f"{name}: {value}\r\n" for name, value in lines.items()).encode()
+
+
+# The catalogue
+
+_STEPWISE: Final = "parked again together"
+_AT_ONCE: Final = "polling again at once"
+
+
+def _ratio(case: str, metric: str) -> Callable[[Medians], float | None]:
+    return lambda medians: medians.ratio(case, metric, Nchan.name)
+
+
+_FAN_OUT_TARGETS: Final = (
+    Target("memory per parked poll ≤ 1/3 of Nchan's", _ratio(_STEPWISE, "memory_per_poll_bytes"), 1 / 3),
+    Target("CPU per delivery and to park again ≤ Nchan's", _ratio(_STEPWISE, "cpu_delivery_and_park_us"), 1),
+    Target("deliveries/s ≥ 1.2 × Nchan's", _ratio(_STEPWISE, "deliveries_per_s"), 1.2, at_most=False),
+    Target("p99 of the fan-out ≤ Nchan's", _ratio(_STEPWISE, "latency_p99_ms"), 1),
+)
+
+
+def _growth(small: str, large: str, metric: str) -> Callable[[Medians], float | None]:
+    def value(medians: Medians) -> float | None:
+        low, high = medians.of(small, metric, OURS), medians.of(large, metric, OURS)
+        return None if not low or high is None else high / low
+
+    return value
+
+
+def catalogue(*, quick: bool = False) -> dict[str, Scenario]:
+    """All scenarios by name, in the order to run them. `quick`: sizes that show whether it works, not how well."""
+    audience = {"polls": 1000 if quick else 10_000, "message_bytes": 100, "sweeps": 5 if quick else 20}
+    crowd = 1000 if quick else 16_000
+    own = {"polls": crowd, "message_bytes": 100, "sweeps": 2 if quick else 4, "publishers": LANES}
+    sizes = (200, 500, 1000) if quick else (1000, 4000, 16_000)
+    quiet = {
+        "messages": 5000 if quick else 40_000,
+        "channels": 200,
+        "message_bytes": 100,
+        "sweeps": 2,
+        "publishers": 50,
+    }
+    ten = [
+        Case(
+            f"{polls:,} polls",
+            # About as many answers for each size, so that each is known as well.
+            {
+                "polls": polls,
+                "width": 10,
+                "audience": 20 if quick else 100,
+                "message_bytes": 100,
+                "sweeps": min(max(sizes[-1] * 5 // polls, 5), 40),
+            },
+            measure_ten_channels,
+        )
+        for polls in sizes
+    ]
+    growth = math.log(sizes[-1]) / math.log(sizes[0])
+    scenarios = (
+        Scenario(
+            "fanout",
+            f"{audience['polls']:,} polls parked on one channel, one publication at a time: what does each cost?",
+            (
+                Case(_STEPWISE, audience, measure_fan_out),
+                Case(_AT_ONCE, {**audience, "again": 1}, measure_fan_out),
+            ),
+            _FAN_OUT_TARGETS,
+        ),
+        Scenario(
+            "browsers",
+            "The fan-out again, each client with the headers of a browser of its own: does it matter?",
+            (
+                Case(_STEPWISE, audience, measure_browsers),
+                Case(_AT_ONCE, {**audience, "again": 1}, measure_browsers),
+            ),
+        ),
+        Scenario(
+            "many-channels",
+            f"{crowd:,} polls over as many channels, one publication to each: what does each cost?",
+            (
+                Case("one message per request", {**own, "batch": 1}, measure_many_channels),
+                Case(f"arrays of {BATCH}", {**own, "batch": BATCH}, measure_many_channels, (PushUp,)),
+            ),
+        ),
+        Scenario(
+            "ten-channels",
+            "Polls of ten channels each: does the cost grow with their number faster than its logarithm?",
+            tuple(ten),
+            (
+                Target(
+                    f"PushUp's CPU per delivery and to park again grows from {ten[0].name} to {ten[-1].name} "
+                    f"no faster than the logarithm (× {growth:.2f})",
+                    _growth(ten[0].name, ten[-1].name, "cpu_delivery_and_park_us"),
+                    growth,
+                ),
+            ),
+        ),
+        Scenario(
+            "publish",
+            f"Publications to {quiet['channels']} channels nobody polls, over {quiet['publishers']} connections: "
+            "how many, and what does each cost?",
+            (
+                Case("one message per request", {**quiet, "batch": 1}, measure_publishing),
+                Case(f"arrays of {BATCH}", {**quiet, "batch": BATCH}, measure_publishing, (PushUp,)),
+            ),
+        ),
+    )
+    return {scenario.name: scenario for scenario in scenarios}
+
+
+def count_steps(scenario: Scenario, rounds: int) -> int:
+    """How often `run` will call `step`."""
+    return rounds * sum((case.parameters["sweeps"] + 1) * len(case.servers) for case in scenario.cases)
+
+
+def run(
+    scenario: Scenario,
+    rounds: int,
+    *,
+    quick: bool,
+    pin: bool,
+    command: str,
+    step: Step,
+    note: Callable[[Measurement], None],
+) -> Result:
+    """Measure every case on every server in turn, `rounds` times over. `note` hears of each measurement.
+
+    A measurement that fails is kept with its reason. Raises ServerError if a server is missing or does not start.
+    """
+    used = list(dict.fromkeys(server for case in scenario.cases for server in case.servers))
+    versions = {server.name: server.versions() for server in used}
+    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    mine = os.sched_getaffinity(0)
+    cores = plan_cores(mine) if pin else Cores(frozenset(mine), frozenset(mine))
+    started, begin = utc_now(), time.monotonic()
+    measurements = []
+    os.sched_setaffinity(0, cores.client)
+    try:
+        for number, case, kind in _order(scenario, rounds):
+            measurement = _measure(number, case, kind, cores, descriptors, step)
+            measurements.append(measurement)
+            note(measurement)
+    finally:
+        os.sched_setaffinity(0, mine)
+    medians = Medians(measurements)
+    return Result(
+        scenario=scenario.name,
+        question=scenario.question,
+        command=command,
+        started=started,
+        seconds=round(time.monotonic() - begin, 1),
+        quick=quick,
+        machine=facts(),
+        versions=versions,
+        pinning=str(cores),
+        parameters={case.name: dict(case.parameters) for case in scenario.cases},
+        measurements=measurements,
+        targets=[target.judge(medians) for target in scenario.targets],
+    )
+
+
+def _order(scenario: Scenario, rounds: int) -> Iterator[tuple[int, Case, type[Server]]]:
+    for number in range(1, rounds + 1):
+        for case in scenario.cases:
+            for kind in case.servers:
+                yield number, case, kind
+
+
+def _measure(number: int, case: Case, kind: type[Server], cores: Cores, descriptors: int, step: Step) -> Measurement:
+    try:
+        with kind(cores, descriptors) as server:
+            values, samples = case.measure(Bench(server, case.parameters, step, cores.pinned))
+    except (FleetError, ServerError) as error:
+        return Measurement(number, case.name, kind.name, failure=str(error))
+    return Measurement(number, case.name, kind.name, values, samples)
