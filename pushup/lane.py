@@ -16,7 +16,7 @@ from typing import Final, Protocol, cast
 from pushup.errors import PROBLEM_TYPE, InvalidRequest, PushUpError
 from pushup.head import HEAD_BYTES_MAX, Head, Way, is_malformed, parse_head
 from pushup.hub import Subscription
-from pushup.messages import Answer
+from pushup.messages import Answer, Poll
 from pushup.node import Node
 from pushup.wire import parse_poll_body, parse_poll_query
 
@@ -36,6 +36,42 @@ CLOSED: Final = 3
 KEEP_ALIVE: Final = 1
 HTTP10: Final = 2
 NO_BODY: Final = 4
+
+
+_MEMORY_ENTRIES_MAX: Final = 8192
+_MEMORY_BYTES_MAX: Final = 8 * 1024 * 1024
+
+
+class Memory:
+    """What was parsed of recent polls, by the bytes it was parsed from.
+
+    A client sends the same header fields with each of its polls, and all clients of a channel the same request line
+    after the same answer. Both are remembered, apart: what llhttp makes of the fields does not depend on the line beyond
+    its method and version, and only `GET … HTTP/1.1` without a body is remembered. Bytes that differ in anything are
+    parsed. Forgets everything when it is full.
+    """
+
+    __slots__ = ("_size", "fields", "lines")
+
+    def __init__(self) -> None:
+        self.lines: dict[bytes, Poll] = {}
+        self.fields: dict[bytes, int] = {}
+        """From the end of the request line to the blank line inclusive; to how its answer is written."""
+        self._size = 0
+
+    def learn(self, data: bytes, poll: Poll, how: int) -> None:
+        """Remember a request that is nothing but a head, and was taken."""
+        cut = data.find(b"\r\n")
+        line, fields = data[:cut], data[cut:]
+        if not (line.startswith(b"GET ") and line.endswith(b" HTTP/1.1")):
+            return
+        self._size += len(data)
+        if self._size > _MEMORY_BYTES_MAX or max(len(self.lines), len(self.fields)) >= _MEMORY_ENTRIES_MAX:
+            self.lines.clear()
+            self.fields.clear()
+            self._size = len(data)
+        self.lines[line] = poll
+        self.fields[fields] = how
 
 
 class WebConnection(Protocol):
@@ -66,6 +102,7 @@ class Lanes:
         self.poll_body_bytes_max = min(POLL_BODY_BYTES_MAX, node.settings.body_bytes_max)
         self.borrow = borrow
         """Makes a web connection; for a lane that wants to hear when an answer is out, or for good (None)."""
+        self.memory = Memory()
         self.open: set[Lane] = set()
         self.closing = False
         """Whether every answer is the last of its connection."""
@@ -166,6 +203,16 @@ class Lane(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._state == READING and not self._stuck:
+            if not self._buffer:
+                # The short cut for a poll like others before it.
+                memory = self._lanes.memory
+                cut = data.find(b"\r\n")
+                poll = memory.lines.get(data[:cut])
+                how = memory.fields.get(data[cut:])
+                if poll is not None and how is not None:
+                    self._how = how
+                    self._park(poll)
+                    return
             if self._buffer:
                 data = self._buffer + data
             else:
@@ -222,7 +269,9 @@ class Lane(asyncio.Protocol):
         self._subscription = None
         if self._state == PARKED:
             self._write_answer(answer)
-            self._read_on()
+            self._since = self._lanes.loop.time()
+            if self._buffer:
+                self._read_on()
 
     def fail(self, error: PushUpError) -> None:
         self._subscription = None
@@ -275,8 +324,8 @@ class Lane(asyncio.Protocol):
             total = end + head.length
             if len(data) < total:
                 break
-            body, data = data[end:total], data[total:]
-            self._poll(head, body)
+            request, data = data[:total], data[total:]
+            self._poll(head, request, end)
         if data and len(data) < size:
             self._since = self._lanes.loop.time()  # Here the next request began.
         self._buffer = data
@@ -302,20 +351,26 @@ class Lane(asyncio.Protocol):
         """Whether the client has sent enough ahead. What a request still needs is never too much."""
         return len(self._buffer) > AHEAD_BYTES_MAX and (self._state != READING or self._stuck)
 
-    def _poll(self, head: Head, body: bytes) -> None:
+    def _poll(self, head: Head, request: bytes, end: int) -> None:
         lanes = self._lanes
-        lanes.metrics.requests_lane += 1
         self._how = head.keep_alive * KEEP_ALIVE | head.http10 * HTTP10 | (head.method == b"HEAD") * NO_BODY
         try:
             if head.method == b"POST":
                 if head.query:
                     raise InvalidRequest("a poll is in the query or in the body, not both")
-                poll = parse_poll_body(body, lanes.settings)
+                poll = parse_poll_body(request[end:], lanes.settings)
             else:
                 poll = parse_poll_query(head.query or "", lanes.settings)
+                lanes.memory.learn(request, poll, self._how)
         except PushUpError as error:
+            lanes.metrics.requests_lane += 1
             self._write_error(error)
             return
+        self._park(poll)
+
+    def _park(self, poll: Poll) -> None:
+        lanes = self._lanes
+        lanes.metrics.requests_lane += 1
         result = lanes.node.poll(poll, self)
         if isinstance(result, Answer):
             self._write_answer(result)
@@ -332,16 +387,17 @@ class Lane(asyncio.Protocol):
         response = answer.rendered.get(how)
         if response is None:
             response = answer.rendered[how] = lanes.render(b"200 OK", b"application/json", answer.body, how)
-        self._write(response, how)
+        self._state = READING
+        self._transport.write(response)
+        if not how & KEEP_ALIVE:
+            self.close()
 
     def _write_error(self, error: PushUpError) -> None:
         how = self._how & ~KEEP_ALIVE if self._lanes.closing else self._how
         self._lanes.metrics.count_refused(error)
         extra = b"".join([b"%b: %b\r\n" % (name.encode(), value.encode()) for name, value in error.headers.items()])
         status = f"{error.status} {error.title}".encode()
-        self._write(self._lanes.render(status, PROBLEM_TYPE.encode(), error.body(), how, extra), how)
-
-    def _write(self, response: bytes, how: int) -> None:
+        response = self._lanes.render(status, PROBLEM_TYPE.encode(), error.body(), how, extra)
         self._state = READING
         self._transport.write(response)
         if not how & KEEP_ALIVE:

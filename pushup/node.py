@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from pushup.broker import Broker, now_us
 from pushup.errors import ChannelNotFound, PushUpError, Unavailable
-from pushup.hub import Hub, Owner, Read, Replies, Subscription
+from pushup.hub import TICKS_PER_SECOND, Hub, Owner, Read, Replies, Subscription
 from pushup.messages import Answer, Message, Poll, Publication, Receipt, show_channel
 from pushup.metrics import Metrics
 from pushup.settings import Settings
@@ -17,6 +17,7 @@ log = logging.getLogger("pushup.node")
 
 HOUSEKEEPING_INTERVAL_S = 1.0
 DRAIN_STEP_S = 0.05
+NEVER = 2**62
 
 
 class Node:
@@ -33,7 +34,9 @@ class Node:
         )
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
-        self._timer_at = 0.0
+        self._timer_tick = NEVER
+        """The tick the timer is set for."""
+        self._jitter = settings.poll_jitter
         self._housekeeper: asyncio.TimerHandle | None = None
         self._reading = False
         self._reads: set[asyncio.Task[None]] = set()
@@ -75,18 +78,21 @@ class Node:
         """Answer at once, or park: then `owner` is told later, once. O(log n)."""
         hub = self._hub
         now = self._loop.time()
-        if poll.timeout:
-            poll.timeout *= 1 - self.settings.poll_jitter * random.random()
-        self._advance(now)
-        result = hub.subscribe(poll, owner, now)
-        if isinstance(result, Answer):
-            self._count(result, 1)
-            return result
-        if hub.wanted:
-            self._read_soon()
-        elif self._timer is None or result.deadline < self._timer_at:
+        timeout = poll.timeout * (1 - self._jitter * random.random())
+        parked = hub.park(poll, owner, now + timeout)
+        if parked is None:
+            self._advance(now)
+            result = hub.subscribe(poll, owner, now, timeout)
+            if isinstance(result, Answer):
+                self._count(result, 1)
+                return result
+            if hub.wanted:
+                self._read_soon()
+                return result
+            parked = result
+        if parked.tick < self._timer_tick:
             self._rearm()
-        return result
+        return parked
 
     def leave(self, subscription: Subscription) -> None:
         """The client has gone."""
@@ -221,17 +227,18 @@ class Node:
             subscription.owner.fail(error)
 
     def _rearm(self) -> None:
-        deadline = self._hub.next_deadline()
-        if deadline is not None and (self._timer is None or deadline < self._timer_at):
+        tick = self._hub.next_tick()
+        if tick is not None and tick < self._timer_tick:
             if self._timer is not None:
                 self._timer.cancel()
-            self._timer_at = deadline
-            self._timer = self._loop.call_at(deadline, self._expire)
+            self._timer_tick = tick
+            self._timer = self._loop.call_at(tick / TICKS_PER_SECOND, self._expire)
 
     def _expire(self) -> None:
-        self._timer = None
-        self._advance(self._loop.time())
-        self._send(self._hub.expire(self._loop.time()))
+        self._timer, self._timer_tick = None, NEVER
+        now = self._loop.time()
+        self._advance(now)
+        self._send(self._hub.expire(now))
         self._rearm()
 
     def _housekeep(self) -> None:

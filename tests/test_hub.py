@@ -6,7 +6,7 @@ from itertools import count
 import pytest
 
 from pushup.errors import PushUpError
-from pushup.hub import Hub, Read, Replies, Subscription
+from pushup.hub import TICKS_PER_SECOND, Hub, Read, Replies, Subscription
 from pushup.messages import LATEST, MAX_ID, Answer, History, Message, Poll
 
 WINDOW_S = 1000.0
@@ -385,11 +385,11 @@ def test_deadlines_come_in_order() -> None:
     known(hub, "a")
     late, soon = parked(hub, "a", timeout=20.0), parked(hub, "a", timeout=10.0)
 
-    assert hub.next_deadline() == 10.0
+    assert hub.next_tick() == 10 * TICKS_PER_SECOND
     assert told(hub.expire(15.0)) == [soon]
-    assert hub.next_deadline() == 20.0
+    assert hub.next_tick() == 20 * TICKS_PER_SECOND
     assert told(hub.expire(35.0)) == [late]
-    assert hub.next_deadline() is None
+    assert hub.next_tick() is None
 
 
 def test_timeout_zero_never_parks() -> None:
