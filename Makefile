@@ -31,7 +31,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.dev
-	tests/install-debian.sh nginx-light libnginx-mod-nchan
+	tests/install-debian.sh nginx libnginx-mod-nchan
 	$(BIN)/python -m loadtest run --all
 	$(BIN)/python -m loadtest report
 

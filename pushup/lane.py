@@ -46,9 +46,9 @@ class Memory:
     """What was parsed of recent polls, by the bytes it was parsed from.
 
     A client sends the same header fields with each of its polls, and all clients of a channel the same request line
-    after the same answer. Both are remembered, apart: what llhttp makes of the fields does not depend on the line beyond
-    its method and version, and only `GET … HTTP/1.1` without a body is remembered. Bytes that differ in anything are
-    parsed. Forgets everything when it is full.
+    after the same answer. Both are remembered, apart: what llhttp makes of the fields does not depend on the line
+    beyond its method and version, and only `GET … HTTP/1.1` without a body is remembered. Bytes that differ in
+    anything are parsed. Forgets everything when it is full.
     """
 
     __slots__ = ("_size", "fields", "lines")
@@ -269,7 +269,6 @@ class Lane(asyncio.Protocol):
         self._subscription = None
         if self._state == PARKED:
             self._write_answer(answer)
-            self._since = self._lanes.loop.time()
             if self._buffer:
                 self._read_on()
 
@@ -388,6 +387,7 @@ class Lane(asyncio.Protocol):
         if response is None:
             response = answer.rendered[how] = lanes.render(b"200 OK", b"application/json", answer.body, how)
         self._state = READING
+        self._since = lanes.loop.time()
         self._transport.write(response)
         if not how & KEEP_ALIVE:
             self.close()
