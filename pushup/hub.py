@@ -500,6 +500,8 @@ class Hub:
             for subscription in ready:
                 shown = tuple([c.name for c in subscription.channels if c.name in published_to])
                 groups.setdefault(shown, []).append(subscription)
+        if len(ready) == len(channel.parked):
+            channel.parked = set()  # All at once rather than one by one.
         self._remove(ready, now)
         return [
             (Answer(((message, message.json(shown)),), id + 1, "message"), subscriptions)

@@ -38,8 +38,7 @@ HTTP10: Final = 2
 NO_BODY: Final = 4
 
 
-_MEMORY_ENTRIES_MAX: Final = 8192
-_MEMORY_BYTES_MAX: Final = 8 * 1024 * 1024
+_MEMORY_BYTES_MAX: Final = 16 * 1024 * 1024
 
 
 class Memory:
@@ -48,16 +47,25 @@ class Memory:
     A client sends the same header fields with each of its polls, and all clients of a channel the same request line
     after the same answer. Both are remembered, apart: what llhttp makes of the fields does not depend on the line
     beyond its method and version, and only `GET … HTTP/1.1` without a body is remembered. Bytes that differ in
-    anything are parsed. Forgets everything when it is full.
+    anything are parsed. Forgets everything when it holds `_MEMORY_BYTES_MAX`.
     """
 
-    __slots__ = ("_size", "fields", "lines")
+    __slots__ = ("_fields", "_lines", "_size")
 
     def __init__(self) -> None:
-        self.lines: dict[bytes, Poll] = {}
-        self.fields: dict[bytes, int] = {}
+        self._lines: dict[bytes, Poll] = {}
+        self._fields: dict[bytes, int] = {}
         """From the end of the request line to the blank line inclusive; to how its answer is written."""
         self._size = 0
+
+    def recall(self, data: bytes) -> tuple[Poll, int] | None:
+        """What `learn` was told of such a request: the poll, and how its answer is written. O(n)."""
+        cut = data.find(b"\r\n")
+        poll = self._lines.get(data[:cut])
+        if poll is None:
+            return None
+        how = self._fields.get(data[cut:])
+        return None if how is None else (poll, how)
 
     def learn(self, data: bytes, poll: Poll, how: int) -> None:
         """Remember a request that is nothing but a head, and was taken."""
@@ -65,13 +73,13 @@ class Memory:
         line, fields = data[:cut], data[cut:]
         if not (line.startswith(b"GET ") and line.endswith(b" HTTP/1.1")):
             return
-        self._size += len(data)
-        if self._size > _MEMORY_BYTES_MAX or max(len(self.lines), len(self.fields)) >= _MEMORY_ENTRIES_MAX:
-            self.lines.clear()
-            self.fields.clear()
+        self._size += len(line) * (line not in self._lines) + len(fields) * (fields not in self._fields)
+        if self._size > _MEMORY_BYTES_MAX:
+            self._lines.clear()
+            self._fields.clear()
             self._size = len(data)
-        self.lines[line] = poll
-        self.fields[fields] = how
+        self._lines[line] = poll
+        self._fields[fields] = how
 
 
 class WebConnection(Protocol):
@@ -205,12 +213,9 @@ class Lane(asyncio.Protocol):
         if self._state == READING and not self._stuck:
             if not self._buffer:
                 # The short cut for a poll like others before it.
-                memory = self._lanes.memory
-                cut = data.find(b"\r\n")
-                poll = memory.lines.get(data[:cut])
-                how = memory.fields.get(data[cut:])
-                if poll is not None and how is not None:
-                    self._how = how
+                known = self._lanes.memory.recall(data)
+                if known is not None:
+                    poll, self._how = known
                     self._park(poll)
                     return
             if self._buffer:

@@ -88,7 +88,6 @@ class Node:
                 return result
             if hub.wanted:
                 self._read_soon()
-                return result
             parked = result
         if parked.tick < self._timer_tick:
             self._rearm()
@@ -207,6 +206,7 @@ class Node:
             log.warning("cannot read channels", extra={"channels": len(reads), "error": str(error) or "time-out"})
             for read in reads.values():
                 self._fail(read, Unavailable("the broker did not answer in time"))
+            self._rearm()
             return
         self._advance(self._loop.time())
         for name, read in reads.items():

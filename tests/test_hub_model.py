@@ -202,7 +202,8 @@ class Model(RuleBasedStateMachine):
         if client.start == LATEST:
             client.start = self.hub.position
         client.end = MAX_ID if span is None else max(client.start, self.clock) + span
-        result = self.hub.subscribe(Poll(client.channels, client.start, client.end, timeout), client, self.now)
+        poll = Poll(client.channels, client.start, client.end, timeout)
+        result = self.hub.park(poll, client, self.now + timeout) or self.hub.subscribe(poll, client, self.now)
         if isinstance(result, Answer):
             client.answer(result)
         else:
