@@ -14,7 +14,7 @@ from loadtest.dialects import Dialect, make_payload
 from loadtest.fleet import Delivery, Fleet, FleetError, Publication
 from loadtest.machine import Cores, Ran, facts, kernel_bytes, plan_cores
 from loadtest.results import OURS, Measurement, Medians, Result, Target, Values, percentile, utc_now
-from loadtest.servers import Nchan, PushUp, Server, ServerError
+from loadtest.servers import Floor, Nchan, PushUp, Server, ServerError
 
 PATIENCE_S: Final = 60.0
 """How long one publication's answers, or one sweep's, may take before the round counts as failed."""
@@ -428,6 +428,11 @@ def catalogue(*, quick: bool = False) -> dict[str, Scenario]:
                 Case(_STEPWISE, audience, measure_browsers),
                 Case(_AT_ONCE, {**audience, "again": 1}, measure_browsers),
             ),
+        ),
+        Scenario(
+            "floor",
+            "The fan-out by a uvloop protocol that parses nothing: how much of the cost is not ours to save?",
+            (Case(_STEPWISE, audience, measure_fan_out, (PushUp, Floor)),),
         ),
         Scenario(
             "many-channels",

@@ -273,6 +273,32 @@ class PushUp(Server):
             return False
 
 
+class Floor(Server):
+    """A uvloop protocol that parses nothing (`loadtest.floor`): what kernel and event loop cost by themselves."""
+
+    name = "Floor"
+
+    def __init__(self, cores: Cores, descriptors: int) -> None:
+        super().__init__(cores, descriptors)
+        self.dialect = PushUpDialect(POLL_TIMEOUT_S)
+
+    @classmethod
+    def versions(cls) -> Mapping[str, str]:
+        return {"uvloop": version("uvloop")}
+
+    def parked(self) -> int:
+        return int(self._get(self.address[1], "/parked")[1])
+
+    def _command(self) -> Sequence[str]:
+        return [sys.executable, "-m", "loadtest.floor", str(self.address[1])]
+
+    def _ready(self) -> bool:
+        try:
+            return self._get(self.address[1], "/parked")[0] == 200
+        except OSError:
+            return False
+
+
 class Nchan(Server):
     """nginx with the Nchan module: one worker, messages in shared memory."""
 

@@ -76,7 +76,8 @@ class Channel:
     def __init__(self, name: str, floor: int) -> None:
         self.name = name
         self.alone = (self,)
-        self.parked: set[Subscription] = set()
+        self.parked: dict[Subscription, None] = {}
+        """In the order they came. So a fan-out meets connections, and their memory, in the order they were made."""
         self.unsure: set[Subscription] = set()
         """Those of `parked` that wait for `learn`."""
         self.backlog = Backlog(floor, whole=False)
@@ -125,7 +126,7 @@ class Hub:
         self._backlog = backlog
         self._linger = linger
         self._channels: dict[str, Channel] = {}
-        self._ticks: SortedDict[int, set[Subscription]] = SortedDict()
+        self._ticks: SortedDict[int, dict[Subscription, None]] = SortedDict()
         self._idle: dict[Channel, float] = {}
         """Channels nobody waits for, the longest idle first, with the time they became so."""
         self._held: set[Subscription] = set()
@@ -169,7 +170,7 @@ class Hub:
         parked = channel.parked
         if not parked:
             self._idle.pop(channel, None)
-        parked.add(subscription)
+        parked[subscription] = None
         self._await_deadline(subscription)
         self.parked += 1
         return subscription
@@ -204,7 +205,7 @@ class Hub:
         for channel in channels:
             if not channel.parked:
                 self._idle.pop(channel, None)
-            channel.parked.add(subscription)
+            channel.parked[subscription] = None
         self.parked += 1
         return subscription
 
@@ -367,14 +368,14 @@ class Hub:
     def _await_deadline(self, subscription: Subscription) -> None:
         bucket = self._ticks.get(subscription.tick)
         if bucket is None:
-            self._ticks[subscription.tick] = {subscription}
+            self._ticks[subscription.tick] = {subscription: None}
         else:
-            bucket.add(subscription)
+            bucket[subscription] = None
 
     def _ignore_deadline(self, subscription: Subscription) -> None:
         bucket = self._ticks.get(subscription.tick)
         if bucket is not None:
-            bucket.discard(subscription)
+            bucket.pop(subscription, None)
 
     def _remove(self, subscriptions: Sequence[Subscription], now: float) -> None:
         """Take parked subscriptions out of every index. O(their channels)."""
@@ -382,10 +383,10 @@ class Hub:
         for subscription in subscriptions:
             bucket = ticks.get(subscription.tick)
             if bucket is not None:
-                bucket.discard(subscription)
+                bucket.pop(subscription, None)
             for channel in subscription.channels:
                 parked = channel.parked
-                parked.discard(subscription)
+                parked.pop(subscription, None)
                 if not parked:
                     self._idle[channel] = now
                 if subscription.unknown:
@@ -406,7 +407,7 @@ class Hub:
         self._want(channel, channel.backlog.tail + 1)
         channel.known = False
         channel.early.clear()
-        for subscription in channel.parked - channel.unsure:
+        for subscription in channel.parked.keys() - channel.unsure:
             self._silence(subscription, channel)
 
     def _trim(self, channel: Channel, count: int) -> None:
@@ -501,7 +502,7 @@ class Hub:
                 shown = tuple([c.name for c in subscription.channels if c.name in published_to])
                 groups.setdefault(shown, []).append(subscription)
         if len(ready) == len(channel.parked):
-            channel.parked = set()  # All at once rather than one by one.
+            channel.parked = {}  # All at once rather than one by one.
         self._remove(ready, now)
         return [
             (Answer(((message, message.json(shown)),), id + 1, "message"), subscriptions)
