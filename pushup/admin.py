@@ -7,9 +7,10 @@ from typing import Final
 import msgspec
 from aiohttp import web
 
-from pushup.errors import PROBLEM_TYPE, InvalidRequest, MethodNotAllowed, NotFound, PushUpError
+from pushup.errors import PushUpError
 from pushup.metrics import CONTENT_TYPE, Metrics
 from pushup.node import Node
+from pushup.problems import problem_response, translate
 from pushup.version import __version__
 
 log = logging.getLogger("pushup.admin")
@@ -55,26 +56,14 @@ async def _say_errors(
 ) -> web.StreamResponse:
     try:
         return await handler(request)
-    except web.HTTPNotFound:
-        return _problem(NotFound(f"there is nothing at {request.path[:200]}"))
-    except web.HTTPMethodNotAllowed as error:
-        response = _problem(MethodNotAllowed(f"{request.path[:200]} does not take {request.method}"))
-        response.headers["Allow"] = error.headers["Allow"]
-        return response
     except web.HTTPException as error:
-        return _problem(InvalidRequest(error.reason))
+        response = problem_response(translate(error, request))
+        if "Allow" in error.headers:
+            response.headers["Allow"] = error.headers["Allow"]
+        return response
     except Exception:
         log.exception("a request failed", extra={"method": request.method, "path": request.path})
-        return _problem(PushUpError("something went wrong here; the log says what"))
-
-
-def _problem(error: PushUpError) -> web.Response:
-    return web.Response(
-        body=error.body(),
-        status=error.status,
-        content_type=PROBLEM_TYPE,
-        headers={"Cache-Control": "no-store"},
-    )
+        return problem_response(PushUpError("something went wrong here; the log says what"))
 
 
 def _health(good: bool, output: str) -> web.Response:

@@ -73,14 +73,14 @@ class Channel:
         "window",
     )
 
-    def __init__(self, name: str, floor: int) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
         self.alone = (self,)
         self.parked: dict[Subscription, None] = {}
         """In the order they came. So a fan-out meets connections, and their memory, in the order they were made."""
         self.unsure: set[Subscription] = set()
         """Those of `parked` that wait for `learn`."""
-        self.backlog = Backlog(floor, whole=False)
+        self.backlog = Backlog(MAX_ID, whole=False)
         self.known = False
         """Whether the backlog holds every message the channel had since `backlog.floor`."""
         self.doubts = 0
@@ -353,7 +353,7 @@ class Hub:
     # Inside
 
     def _open(self, name: str) -> Channel:
-        channel = self._channels[name] = Channel(name, MAX_ID)
+        channel = self._channels[name] = Channel(name)
         return channel
 
     def _forget(self, channel: Channel) -> None:

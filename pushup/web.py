@@ -13,18 +13,12 @@ from typing import Any, Final
 import msgspec
 from aiohttp import StreamReader, web
 
-from pushup.errors import (
-    PROBLEM_TYPE,
-    InvalidRequest,
-    MethodNotAllowed,
-    NotFound,
-    PushUpError,
-    TooLarge,
-)
+from pushup.errors import InvalidRequest, PushUpError
 from pushup.lane import Lane
 from pushup.messages import Answer
 from pushup.metrics import Metrics
 from pushup.node import Node
+from pushup.problems import problem_response, translate
 from pushup.wire import (
     is_batch,
     parse_channel_options,
@@ -107,7 +101,7 @@ class WebConnection(web.RequestHandler):
             # Raised where no middleware is: the client expects something unheard of, and may hold its body back.
             error = InvalidRequest(resp.text or resp.reason)
             self._metrics.count_refused(error)
-            resp = _problem(error)
+            resp = problem_response(error)
             resp.force_close()
         self._metrics.requests_web += 1
         resp, reset = await super().finish_response(request, resp, start_time)
@@ -130,7 +124,7 @@ class WebConnection(web.RequestHandler):
         else:
             error = InvalidRequest(_NO_HTTP)
         self._metrics.count_refused(error)
-        response = _problem(error)
+        response = problem_response(error)
         response.headers["Server"] = "PushUp"  # Else aiohttp tells its name and version; no hook hides them here.
         response.force_close()
         return response
@@ -142,7 +136,7 @@ def make_app(node: Node, settings_body_max: int, metrics: Metrics) -> web.Applic
 
     def refuse(error: PushUpError) -> web.Response:
         metrics.count_refused(error)
-        return _problem(error)
+        return problem_response(error)
 
     @web.middleware
     async def say_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -152,7 +146,7 @@ def make_app(node: Node, settings_body_max: int, metrics: Metrics) -> web.Applic
         except PushUpError as error:
             response = refuse(error)
         except web.HTTPException as error:
-            response = refuse(_translate(error, request))
+            response = refuse(translate(error, request))
             if "Allow" in error.headers:
                 response.headers["Allow"] = error.headers["Allow"]
         except web.RequestPayloadError:
@@ -280,20 +274,3 @@ def _channel(request: web.Request) -> str:
 
 def _json(value: Any, status: int = 200) -> web.Response:
     return web.Response(body=msgspec.json.encode(value), status=status, content_type="application/json")
-
-
-def _problem(error: PushUpError) -> web.Response:
-    headers = {"Cache-Control": "no-store", **error.headers}
-    return web.Response(body=error.body(), status=error.status, content_type=PROBLEM_TYPE, headers=headers)
-
-
-def _translate(error: web.HTTPException, request: web.Request) -> PushUpError:
-    match error.status:
-        case 404:
-            return NotFound(f"there is nothing at {request.path[:200]}")
-        case 405:
-            return MethodNotAllowed(f"{request.path[:200]} does not take {request.method}")
-        case 413:
-            return TooLarge("the request's body is too large")
-        case _:
-            return InvalidRequest(error.reason)

@@ -106,9 +106,7 @@ def parse_poll_query(query: str, settings: Settings) -> Poll:
     timeout = settings.poll_timeout
     seen = set()
     for pair in query.split("&"):
-        name, _, value = pair.partition("=")
-        if "%" in pair or "+" in pair:
-            name, value = _unquote(name.replace("+", " ")), _unquote(value.replace("+", " "))
+        name, value = _split(pair)
         if name == "channel":
             channels.append(parse_channel(value))
             continue
@@ -159,6 +157,14 @@ def _channels(names: Iterable[str | int], parameter: str = "channels") -> list[s
         return [parse_channel(name) for name in names]
     except InvalidParameter as error:
         raise InvalidParameter(parameter, error.detail) from None
+
+
+def _split(pair: str) -> tuple[str, str]:
+    """Name and value of one parameter of a raw query, decoded."""
+    name, _, value = pair.partition("=")
+    if "%" in pair or "+" in pair:
+        return _unquote(name.replace("+", " ")), _unquote(value.replace("+", " "))
+    return name, value
 
 
 def _unquote(text: str, place: str = "query") -> str:
@@ -296,8 +302,7 @@ def parse_page(query: str, limit_max: int = 1000) -> tuple[str, int]:
     after, limit = "", 100
     seen = set()
     for pair in filter(None, query.split("&")):
-        name, _, value = pair.partition("=")
-        name, value = _unquote(name.replace("+", " ")), _unquote(value.replace("+", " "))
+        name, value = _split(pair)
         if name in seen:
             raise InvalidParameter(name, f"{name} is given more than once")
         seen.add(name)
