@@ -7,44 +7,17 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from html.parser import HTMLParser
-from pathlib import Path
 from typing import Any, Final
-from urllib.parse import quote, urlencode
+from urllib.parse import quote
 
 import pytest
-from selenium import webdriver
-from selenium.webdriver.chrome.options import Options
-from selenium.webdriver.chrome.service import Service
-from selenium.webdriver.support.ui import WebDriverWait
 
+from tests import browser
+from tests.browser import Page
 from tests.support import PATIENCE_S, connected, running
 
-PROGRAMS: Final = {"chromium": Path("/usr/bin/chromium"), "chromium-driver": Path("/usr/bin/chromedriver")}
-"""What drives these tests, by the Debian package it comes in."""
-
-CHROMIUM_FLAGS: Final = (
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-dev-shm-usage",
-)
-
-READ_LIST: Final = """\
-return Array.from(document.querySelectorAll("#questions > li"), (item) => ({
-    id: item.dataset.id,
-    note: item.dataset.note,
-    author: item.querySelector(".author")?.textContent,
-    text: item.querySelector(".text")?.textContent,
-    matched: Array.from(item.querySelectorAll("[data-channel]"), (chip) => chip.dataset.channel),
-    others: Array.from(item.querySelectorAll("[data-follow]"), (chip) => chip.dataset.follow),
-}))"""
+chromium, pages, page = browser.chromium, browser.pages, browser.page
 
 LOSE_ONE_RECEIPT: Final = """\
 const honest = window.fetch;
@@ -105,124 +78,6 @@ class Node:
         _, page = self.request("GET", "/channels?limit=1000")
         for channel in page["channels"]:
             self.close(channel["channel"])
-
-
-class Page:
-    """One window with the board. Every look and touch turns to that window first."""
-
-    def __init__(self, browser: webdriver.Chrome) -> None:
-        self._browser = browser
-        browser.switch_to.new_window("window")
-        self._window = browser.current_window_handle
-
-    @property
-    def browser(self) -> webdriver.Chrome:
-        if self._browser.current_window_handle != self._window:
-            self._browser.switch_to.window(self._window)
-        return self._browser
-
-    def open(self, node: Node, *channels: str) -> None:
-        """Show the board, following these channels or the default ones, and wait for its first poll."""
-        fragment = "#" + urlencode([("channel", channel) for channel in channels]) if channels else ""
-        self.browser.get(f"http://{node.address}/{fragment}")
-        self.until(lambda: self.text("request") != "", "hoped for a poll")
-
-    def text(self, id: str) -> str:
-        return self.browser.find_element("id", id).text
-
-    def click(self, selector: str) -> None:
-        self.browser.find_element("css selector", selector).click()
-
-    def fill(self, id: str, text: str) -> None:
-        field = self.browser.find_element("id", id)
-        field.clear()
-        field.send_keys(text)
-
-    def ask(self, author: str, question: str, tags: str = "") -> None:
-        """Fill in the form and send it."""
-        self.fill("author", author)
-        self.fill("question", question)
-        self.fill("tags", tags)
-        self.click("#publish")
-
-    def entries(self) -> list[dict[str, Any]]:
-        """Questions and notes, from the oldest to the newest."""
-        shown: list[dict[str, Any]] = self.browser.execute_script(READ_LIST)
-        return shown[::-1]
-
-    def lines(self) -> list[str]:
-        """Every question's text, and every note's kind in brackets."""
-        return [f"[{item['note']}]" if item["note"] else item["text"] for item in self.entries()]
-
-    def complaints(self) -> list[Any]:
-        """What the browser's console has to say, such as breaches of the policy."""
-        return list(self.browser.get_log("browser"))  # type: ignore[no-untyped-call]
-
-    def until(self, condition: Callable[[], bool], hope: str) -> None:
-        WebDriverWait(self.browser, PATIENCE_S, 0.02).until(
-            lambda _: condition(), f"{hope}; shown: {self.lines()}, wire: {self.text('wire')!r}"
-        )
-
-    def until_lines(self, *lines: str) -> None:
-        """Wait for the last of these to appear; then they are all there is, in this order."""
-        self.until(lambda: lines[-1] in self.lines(), f"hoped for {lines[-1]!r}")
-        assert self.lines() == list(lines)
-
-    def until_state(self, state: str) -> None:
-        self.until(lambda: self._attribute("state", "data-state") == state, f"hoped to be {state}")
-
-    def until_outcome(self, outcome: str) -> None:
-        self.until(lambda: self._attribute("outcome", "data-outcome") == outcome, f"hoped for {outcome}")
-
-    def _attribute(self, id: str, name: str) -> str | None:
-        return self.browser.find_element("id", id).get_attribute(name)
-
-    @contextmanager
-    def offline(self) -> Iterator[None]:
-        """Cut this window, and no other, off the network."""
-        conditions = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
-        self.browser.execute_cdp_cmd("Network.enable", {})
-        self.browser.execute_cdp_cmd("Network.emulateNetworkConditions", {"offline": True, **conditions})
-        try:
-            self.until_state("offline")
-            yield
-        finally:
-            self.browser.execute_cdp_cmd("Network.emulateNetworkConditions", {"offline": False, **conditions})
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    """One browser with a profile of its own for all these tests, as its start is what takes long."""
-    for package, path in PROGRAMS.items():
-        if not path.exists():
-            pytest.fail(f"{path} is missing: install it (Debian: apt install {package})", pytrace=False)
-    options = Options()
-    options.binary_location = str(PROGRAMS["chromium"])
-    for flag in (*CHROMIUM_FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, Service(str(PROGRAMS["chromium-driver"])))
-    try:
-        yield driver
-    finally:
-        driver.quit()
-
-
-@pytest.fixture
-def pages(chromium: webdriver.Chrome) -> Iterator[Callable[[], Page]]:
-    """Opens windows, and closes them after the test."""
-    home = chromium.current_window_handle
-    yield lambda: Page(chromium)
-    for window in chromium.window_handles:
-        if window != home:
-            chromium.switch_to.window(window)
-            chromium.close()
-    chromium.switch_to.window(home)
-
-
-@pytest.fixture
-def page(pages: Callable[[], Page]) -> Page:
-    return pages()
 
 
 @pytest.fixture(scope="module")
@@ -289,8 +144,8 @@ async def test_without_the_demo_there_is_no_page() -> None:
 def test_a_question_asked_in_one_window_appears_in_another(pages: Callable[[], Page], node: Node) -> None:
     """The demo's whole point, and the browser has nothing to complain of."""
     asking, watching = pages(), pages()
-    asking.open(node, "tag:css")
-    watching.open(node)
+    asking.open(node.address, "tag:css")
+    watching.open(node.address)
 
     asking.ask("ann", "Does XADD trim?", "#Redis, streams")
     asking.until_outcome("published")
@@ -309,7 +164,7 @@ def test_a_question_asked_in_one_window_appears_in_another(pages: Callable[[], P
 @pytest.mark.browser
 def test_a_question_to_several_followed_channels_appears_once(page: Page, node: Node) -> None:
     """The server says it once, and on which of the followed channels it came."""
-    page.open(node, "tag:python", "tag:redis", "author:ann")
+    page.open(node.address, "tag:python", "tag:redis", "author:ann")
 
     page.ask("ann", "Once?", "redis python css")
     page.until_lines("Once?")
@@ -325,8 +180,8 @@ def test_a_question_to_several_followed_channels_appears_once(page: Page, node: 
 def test_what_was_asked_while_a_window_was_offline_comes_when_it_is_back(pages: Callable[[], Page], node: Node) -> None:
     """Ten questions, no more and no fewer, in their order."""
     away, present = pages(), pages()
-    away.open(node, "tag:python", "tag:redis")
-    present.open(node, "tag:python", "tag:redis")
+    away.open(node.address, "tag:python", "tag:redis")
+    present.open(node.address, "tag:python", "tag:redis")
     node.ask("before", "tag:python")
     away.until_lines("before")
     questions = [f"question {number}" for number in range(10)]
@@ -350,7 +205,7 @@ def test_what_was_asked_while_a_window_was_offline_comes_when_it_is_back(pages: 
 @pytest.mark.browser
 def test_a_publication_is_sent_until_it_is_acknowledged_and_stored_once(page: Page, node: Node) -> None:
     """Neither a missing network nor an answer lost on its way loses or doubles a question."""
-    page.open(node, "author:ann")
+    page.open(node.address, "author:ann")
 
     with page.offline():
         page.ask("ann", "Sent offline?")
@@ -368,7 +223,7 @@ def test_a_publication_is_sent_until_it_is_acknowledged_and_stored_once(page: Pa
 @pytest.mark.browser
 def test_the_line_for_a_terminal_publishes_to_what_is_followed(page: Page, node: Node) -> None:
     """As a shell reads it, whatever the channel is called."""
-    page.open(node, 'tag:it\'s $(here) & "there"')
+    page.open(node.address, 'tag:it\'s $(here) & "there"')
 
     program, url, flag, body = shlex.split(page.text("curl"))
     assert (program, url, flag) == ("curl", f"http://{node.address}/publish", "-d")
@@ -383,7 +238,7 @@ def test_the_line_for_a_terminal_publishes_to_what_is_followed(page: Page, node:
 def test_markup_in_a_question_is_text(page: Page, node: Node) -> None:
     """What people write never becomes part of the page, wherever it is shown."""
     evil = "<script>document.title = 'taken'</script><img src=x onerror=\"document.title = 'taken'\">"
-    page.open(node, "author:" + evil, "tag:<b>bold</b>")
+    page.open(node.address, "author:" + evil, "tag:<b>bold</b>")
 
     page.ask(evil, evil, "<b>bold</b>")
     page.until_lines(evil)
@@ -399,7 +254,7 @@ def test_markup_in_a_question_is_text(page: Page, node: Node) -> None:
 def test_messages_that_are_no_questions_do_not_break_the_page(page: Page, node: Node) -> None:
     """Anybody may publish anything to these channels."""
     strange: list[Any] = [None, 7, "text", [], {}, {"author": 1, "question": 2, "tags": 3}, {"tags": [4, "", "x"]}]
-    page.open(node, "tag:python")
+    page.open(node.address, "tag:python")
 
     for data in strange:
         node.publish(data, "tag:python")
@@ -411,7 +266,7 @@ def test_messages_that_are_no_questions_do_not_break_the_page(page: Page, node: 
 @pytest.mark.browser
 def test_the_user_reads_what_the_server_has_against_the_input(page: Page, node: Node) -> None:
     """The server's own sentence is shown, by the form that asked and by the poll."""
-    page.open(node)
+    page.open(node.address)
 
     page.ask("a" * 300, "Too long a name?")
     page.until_outcome("failed")
@@ -419,7 +274,7 @@ def test_the_user_reads_what_the_server_has_against_the_input(page: Page, node: 
     page.ask("ann", "A good name?")
     page.until_lines("A good name?")
 
-    page.open(node, "tag:redis", "007")
+    page.open(node.address, "tag:redis", "007")
     page.until_state("retrying")
     assert "a name of digits only is an integer channel" in page.text("trouble")
     page.click("[data-channel='007'] button")
@@ -431,7 +286,7 @@ def test_a_restarted_server_shows_as_a_gap_and_the_page_goes_on(page: Page) -> N
     """The memory broker forgets; the page says so at the place where something may be missing."""
     node = Node()
     try:
-        page.open(node, "tag:python")
+        page.open(node.address, "tag:python")
         node.ask("before", "tag:python")
         page.until_lines("before")
     finally:
@@ -452,7 +307,7 @@ def test_a_restarted_server_shows_as_a_gap_and_the_page_goes_on(page: Page) -> N
 @pytest.mark.browser
 def test_a_closed_channel_is_said_and_followed_on(page: Page, node: Node) -> None:
     """Closing ends the poll, not the page's interest."""
-    page.open(node, "tag:python", "tag:redis")
+    page.open(node.address, "tag:python", "tag:redis")
     node.ask("before", "tag:python")
     page.until_lines("before")
 
@@ -470,7 +325,7 @@ def test_following_is_changed_by_hand_and_survives_a_reload(page: Page, node: No
     node.ask("one", "tag:css")
     node.ask("two", "tag:python")
     node.ask("three", "author:ann lee")
-    page.open(node)
+    page.open(node.address)
     page.until_lines("two")
 
     page.fill("name", "#CSS")

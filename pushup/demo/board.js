@@ -3,6 +3,10 @@
  * A question is published to `author:NAME` and to each `tag:TAG`. The page holds one poll open over every channel it
  * follows. Which these are is in the URL's fragment, written like the poll's own query, so every tab has its own and a
  * link carries them. What people wrote goes into the page as text only; the policy the page is sent with forbids HTML.
+ *
+ * A page that belongs to a web application (`data-questions` is the path) posts questions to the application, which
+ * keeps them and publishes them, and loads from it what was asked before. It takes its cursor first and loads second:
+ * what is published in between comes twice and is shown once. The other way round it would be missed.
  */
 
 const HOLD_S = 25;
@@ -17,6 +21,7 @@ const QUESTIONS_MAX = 1000;
 const TAGS_MAX = 20;
 const LOG_LINES = 4;
 const FLASH_MS = 700;
+const QUESTIONS = document.body.dataset.questions; // The application's path; empty: there is none.
 
 const $ = (id) => document.getElementById(id);
 const stamp = (name) => $(name).content.firstElementChild.cloneNode(true);
@@ -107,18 +112,18 @@ function wake() {
 const query = (channels) =>
   new URLSearchParams(channels.map((channel) => ["channel", channel])).toString().replaceAll("%3A", ":");
 
-/** Follow these channels until others are followed: everything that is cached first, then whatever comes. */
+/** Follow these channels until others are followed: what was asked before first, then whatever comes. */
 async function listen(channels) {
   const mine = ++round;
   wake();
-  let cursor = 0;
+  let cursor = null;
   let failures = 0;
   let hasty = 0;
   while (mine === round) {
     // The first poll does not wait: only with a cursor in hand can a gap be noticed. Nor does one after a failure:
     // its answer says that the server is there again.
     const hold = cursor && !failures ? HOLD_S : 0;
-    const url = `/poll?${query(channels)}&start=${cursor}&timeout=${hold}`;
+    const url = `/poll?${query(channels)}&start=${cursor ?? (QUESTIONS ? "latest" : 0)}&timeout=${hold}`;
     const began = performance.now();
     polling = new AbortController();
     showPoll(url, cursor, hold, failures);
@@ -126,6 +131,8 @@ async function listen(channels) {
     try {
       answer = await exchange(url, {}, hold + GRACE_S, polling);
       if (!Number.isSafeInteger(answer?.next)) throw new Failure("Something answered that is not PushUp.");
+      // Without these the answer does not count either: the cursor stays, and both are asked for again.
+      if (QUESTIONS && (cursor === null || answer.gap)) answer.stored = await loadStored(channels, polling);
     } catch (failure) {
       if (mine !== round) return;
       if (failure === WOKEN) continue;
@@ -137,12 +144,19 @@ async function listen(channels) {
     }
     if (mine !== round) return;
     const took = (performance.now() - began) / 1000;
-    showAnswer(answer, took, hold, cursor > 0);
+    showAnswer(answer, took, hold, cursor !== null);
     cursor = answer.next;
     failures = 0;
     hasty = hold && !answer.messages.length && took < HASTY_S ? hasty + 1 : 0;
     if (hasty) await pause(backoff(hasty - 1));
   }
+}
+
+/** What the application has stored for these channels, in the form of a poll's messages. */
+async function loadStored(channels, controller) {
+  const { messages } = await exchange(`${QUESTIONS}?${query(channels)}`, {}, GRACE_S, controller);
+  if (!Array.isArray(messages)) throw new Failure("Something answered that is not the question board.");
+  return messages;
 }
 
 // What is followed
@@ -217,8 +231,9 @@ function curl(channel) {
     question: "Can you hear me?",
     tags: kind === "tag" ? [name] : [],
   };
-  const body = JSON.stringify({ channels: [channel], data }).replaceAll("'", "'\\''");
-  return `curl ${location.origin}/publish -d '${body}'`;
+  const body = JSON.stringify(QUESTIONS ? data : { channels: [channel], data }).replaceAll("'", "'\\''");
+  const to = QUESTIONS ? `${QUESTIONS} -H 'Content-Type: application/json'` : "/publish";
+  return `curl ${location.origin}${to} -d '${body}'`;
 }
 
 // The wire panel
@@ -247,7 +262,7 @@ function showPoll(url, cursor, hold, failures) {
     $("trouble").hidden = true;
   }
   $("request").replaceChildren(...breakable(`GET ${url}`));
-  $("cursor").textContent = cursor;
+  $("cursor").textContent = cursor ?? 0;
   filling?.cancel();
   filling = hold ? $("held").animate({ width: ["0", "100%"] }, { duration: hold * 1000, fill: "forwards" }) : null;
 }
@@ -299,13 +314,16 @@ function log(what, when) {
 
 let unseen = 0;
 
-function showQuestions({ messages, gap, closed }, fresh) {
+function showQuestions({ messages, gap, closed, stored }, fresh) {
   const list = $("questions");
+  if (stored) list.replaceChildren(...stored.map((message) => entry(message, false)).reverse());
   if (gap) {
-    list.prepend(note("gap", "Questions may be missing here: the server no longer had everything since this page " +
-      "last heard from it, and said so (gap: true)."));
+    list.prepend(note("gap", stored
+      ? "This page had missed something (gap: true), and has loaded the questions from the application again."
+      : "Questions may be missing here: the server no longer had everything since this page last heard from it, " +
+        "and said so (gap: true)."));
   }
-  for (const message of messages) list.prepend(entry(message, fresh));
+  for (const message of messages) if (!QUESTIONS || !shown(message)) list.prepend(entry(message, fresh));
   if (closed) {
     list.prepend(note("closed", `The server closed ${closed.join(", ")}. The page goes on following it: ` +
       "the next question opens it again."));
@@ -327,13 +345,23 @@ function note(kind, text) {
   return item;
 }
 
+/** The application's number of a question, by which what is stored and what is published are told to be the same. */
+const numberOf = ({ data }) => (Number.isSafeInteger(data?.number) ? data.number : "");
+
+function shown(message) {
+  const number = numberOf(message);
+  return number !== "" && $("questions").querySelector(`[data-number="${number}"]`) !== null;
+}
+
 /** A message as a question. Anybody may publish anything, so nothing about `data` is taken for granted. */
-function entry({ id, channels, data }, fresh) {
+function entry(message, fresh) {
+  const { id, channels, data } = message;
   const item = stamp("entry");
   const author = typeof data?.author === "string" ? data.author : "";
   const text = typeof data?.question === "string" ? data.question : JSON.stringify(data);
   const tags = Array.isArray(data?.tags) ? data.tags.filter((tag) => typeof tag === "string" && tag) : [];
   item.dataset.id = id;
+  item.dataset.number = numberOf(message);
   item.classList.toggle("fresh", fresh);
   const face = item.querySelector(".face");
   face.textContent = (author ? [...author][0] : "?").toUpperCase();
@@ -385,10 +413,11 @@ async function publish() {
     return;
   }
   const channels = [`author:${author}`, ...tags.map((tag) => `tag:${tag}`)];
-  const same = JSON.stringify([author, question, tags]);
+  const data = { author, question, tags };
+  const same = JSON.stringify(data);
   if (pending?.same !== same) {
-    const data = { author, question, tags, at: new Date().toISOString() };
-    pending = { same, body: JSON.stringify({ channels, data, key: uniqueKey() }) };
+    const key = uniqueKey();
+    pending = { same, body: JSON.stringify(QUESTIONS ? { ...data, key } : { channels, data, key }) };
   }
   const failure = await deliver(pending.body);
   if (failure) {
@@ -413,7 +442,7 @@ async function deliver(body) {
   const options = { method: "POST", headers: { "Content-Type": "application/json" }, body };
   for (let tries = 1; ; tries++) {
     try {
-      await exchange("/publish", options, PUBLISH_TIMEOUT_S);
+      await exchange(QUESTIONS || "/publish", options, PUBLISH_TIMEOUT_S);
       return null;
     } catch (failure) {
       if (failure.refused || tries === PUBLISH_TRIES) return failure;
