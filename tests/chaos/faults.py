@@ -1,0 +1,371 @@
+"""What is done to a cluster, and how each fault is known to be over."""
+
+import asyncio
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, TypeVar
+
+from cluster import Cluster
+from redis import Redis
+from redis.exceptions import RedisError
+
+from tests.chaos.client import NoAnswer, NotSent, Server
+from tests.chaos.trial import FaultFailed, Scene, Service
+
+HOST: Final = "127.0.0.1"
+READY_S: Final = 40.0
+"""How long nodes may take to be ready after a fault, and Redis to have its new master."""
+
+STEP_S: Final = 0.05
+NODE_PAUSE_S: Final = 10.0
+REDIS_PAUSE_S: Final = 5.0
+RESETS: Final = 4
+RELOADS: Final = 3
+CUT_SHARE: Final = 0.3
+CUT_S: Final = 6.0
+REALM: Final = "pushup:{default}"
+
+SETTINGS: Final[Mapping[str, str]] = {
+    "channel_window": "600",
+    "channel_max_messages": "100000",
+    "drain_window": "2",
+}
+"""Generous, so that nothing is dropped for its age or number and no gap is right but after a loss."""
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault. `description` is a sentence for the report, `start` how many nodes there are at first (None: all).
+
+    `inject` returns when the fault is over and the service has recovered. `cuts`: it needs publishers behind cutters.
+    """
+
+    name: str
+    description: str
+    inject: Callable[[Scene, Any], Awaitable[None]]
+    store: Literal["memory", "standalone", "sentinel", "cluster"] = "standalone"
+    start: int | None = None
+    cuts: bool = False
+
+
+@contextmanager
+def hosting(fault: Fault, nodes: int, state: Path) -> Iterator[Service]:
+    """The service that the fault needs, running; its logs are in `state`."""
+    if fault.store == "memory":
+        with _one_node(state) as service:
+            yield service
+        return
+    cluster = Cluster.up(state, nodes=fault.start or nodes, store=fault.store, settings=SETTINGS)
+    try:
+        yield cluster
+    finally:
+        cluster.down()
+
+
+@dataclass(frozen=True)
+class _Address:
+    address: str
+
+
+@dataclass(frozen=True)
+class _OneNode:
+    """A node without a cluster, to try the harness itself."""
+
+    public: str
+    broker: str = "memory://"
+
+    @property
+    def tcp(self) -> str:
+        return self.public
+
+    @property
+    def nodes(self) -> Sequence[_Address]:
+        return [_Address(self.public)]
+
+
+@contextmanager
+def _one_node(state: Path) -> Iterator[Service]:
+    settings = {**SETTINGS, "listen": f"{HOST}:0", "admin_listen": f"{HOST}:0", "drain_window": "0"}
+    flags = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", value)]
+    with (
+        (state / "node.log").open("wb") as log,
+        subprocess.Popen(
+            [sys.executable, "-m", "pushup", "serve", *flags], stdout=subprocess.PIPE, stderr=log, text=True
+        ) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            announced = "".join(process.stdout.readline() for _ in range(5))
+            found = re.search(r"publications +http://(\S+)", announced)
+            if found is None:
+                raise FaultFailed(f"the node did not start; see {log.name}")
+            yield _OneNode(found[1])
+        finally:
+            process.terminate()
+
+
+# Faults of nodes
+
+
+async def nothing(scene: Scene, service: Service) -> None:
+    """The control: whatever is wrong now is wrong without any fault."""
+    await asyncio.sleep(2)
+
+
+async def kill_node(scene: Scene, cluster: Cluster) -> None:
+    count = len(cluster.nodes)
+    await _blocking(cluster.kill, scene.rng.choice(cluster.nodes).name)
+    await asyncio.sleep(scene.rng.uniform(0.5, 2))
+    await _scale(cluster, count)
+
+
+async def pause_node(scene: Scene, cluster: Cluster) -> None:
+    node = scene.rng.choice(cluster.nodes)
+    await _blocking(node.pause)
+    await asyncio.sleep(NODE_PAUSE_S)
+    await _blocking(node.resume)
+    await _ready(cluster)
+
+
+async def drain_all(scene: Scene, cluster: Cluster) -> None:
+    """One after the other, each replaced before the next one goes."""
+    count = len(cluster.nodes)
+    for name in [node.name for node in cluster.nodes]:
+        await _blocking(cluster.drain, name)
+        await _scale(cluster, count)
+
+
+async def scale(scene: Scene, cluster: Cluster) -> None:
+    await _scale(cluster, 1)
+    for count in (4, 2):
+        await asyncio.sleep(scene.rng.uniform(0.5, 1.5))
+        await _scale(cluster, count)
+
+
+# Faults of the one Redis server
+
+
+def reset(*types: str) -> Callable[[Scene, Cluster], Awaitable[None]]:
+    """Redis closes every connection of these types, several times at random."""
+
+    async def inject(scene: Scene, cluster: Cluster) -> None:
+        for _ in range(RESETS):
+            await asyncio.sleep(scene.rng.uniform(0.1, 1.2))
+            await _blocking(_reset, cluster.stores[0].address, types)
+        await _ready(cluster)
+
+    return inject
+
+
+def _reset(address: str, types: Sequence[str]) -> None:
+    with _redis(address) as redis:
+        for type in types:
+            redis.execute_command("CLIENT", "KILL", "TYPE", type)
+
+
+async def pause_redis(scene: Scene, cluster: Cluster) -> None:
+    await _blocking(cluster.stores[0].pause)
+    await asyncio.sleep(REDIS_PAUSE_S)
+    await _blocking(cluster.stores[0].resume)
+    await _ready(cluster)
+
+
+async def restart_redis(scene: Scene, cluster: Cluster) -> None:
+    await _blocking(cluster.stores[0].kill)
+    await asyncio.sleep(scene.rng.uniform(0.1, 1.0))
+    await _blocking(cluster.stores[0].restart)
+    await _ready(cluster)
+
+
+async def empty_redis(scene: Scene, cluster: Cluster) -> None:
+    since = _now_id()
+    await _blocking(cluster.stores[0].kill)
+    await asyncio.sleep(scene.rng.uniform(0.1, 1.0))
+    await _blocking(lambda: cluster.stores[0].restart(empty=True))
+    await _ready(cluster)
+    scene.checker.lost(since, _now_id())
+
+
+# Faults of many Redis servers
+
+
+async def fail_over(scene: Scene, cluster: Cluster) -> None:
+    """Kill the master; when another server has taken its place, start it again, as a replica."""
+    killed = await _blocking(lambda: next(store for store in cluster.stores if store.role == "master"))
+    await _replace(scene, cluster, killed, lambda: _master_of_realm(cluster, killed.address, cluster.stores))
+
+
+async def kill_owner(scene: Scene, cluster: Cluster) -> None:
+    """The same to that master of a Redis Cluster which has the realm's slot."""
+    owner = await _blocking(lambda: _owner(cluster, cluster.stores))
+    killed = next(store for store in cluster.stores if store.address == owner)
+
+    def replaced() -> bool:
+        now = _owner(cluster, [store for store in cluster.stores if store is not killed])
+        return now not in ("", killed.address)
+
+    await _replace(scene, cluster, killed, replaced)
+
+
+async def _replace(scene: Scene, cluster: Cluster, killed: Any, replaced: Callable[[], bool]) -> None:
+    since = _now_id()
+    await _blocking(killed.kill)
+    await _until(replaced, f"another master took the place of {killed.name}")
+    await _ready(cluster)
+    scene.checker.lost(since, _now_id())
+    await _blocking(killed.restart)
+    await _until(lambda: _follows(killed.address), f"{killed.name} came back as a replica")
+    await _ready(cluster)
+
+
+def _master_of_realm(cluster: Cluster, killed: str, stores: Sequence[Any]) -> bool:
+    return any(store.address != killed and store.role == "master" for store in stores)
+
+
+def _owner(cluster: Cluster, stores: Sequence[Any]) -> str:
+    """The address of the master that has the realm's slot, as one of these servers sees it; empty: there is none."""
+    for store in stores:
+        try:
+            with _redis(store.address) as redis:
+                slot = int(redis.execute_command("CLUSTER", "KEYSLOT", REALM))
+                view = redis.execute_command("CLUSTER", "SLOTS")
+        except RedisError:
+            continue
+        for first, last, (host, port, *_), *_ in view:
+            if first <= slot <= last:
+                return f"{host.decode() or HOST}:{port}"
+    return ""
+
+
+def _follows(address: str) -> bool:
+    try:
+        with _redis(address) as redis:
+            facts = redis.info("replication")
+    except RedisError:
+        return False
+    return bool(facts["role"] == "slave" and facts["master_link_status"] == "up")
+
+
+# Faults between
+
+
+async def reload_proxy(scene: Scene, cluster: Cluster) -> None:
+    for _ in range(RELOADS):
+        await asyncio.sleep(scene.rng.uniform(0.1, 1.5))
+        await _blocking(cluster.reload_proxy)
+
+
+async def cut(scene: Scene, cluster: Cluster) -> None:
+    for cutter in scene.cutters:
+        cutter.share = CUT_SHARE
+    await asyncio.sleep(CUT_S)
+    for cutter in scene.cutters:
+        if not cutter.cuts:
+            raise FaultFailed("no answer was cut off")
+        cutter.share = 0.0
+
+
+FAULTS: Final[Mapping[str, Fault]] = {
+    fault.name: fault
+    for fault in (
+        Fault("memory", "One node without Redis and proxy, and no fault: the harness itself.", nothing, "memory"),
+        Fault("none", "No fault: the control.", nothing),
+        Fault("node-kill", "SIGKILL of a node; another one is started soon after.", kill_node),
+        Fault("node-pause", f"SIGSTOP of a node for {NODE_PAUSE_S:g} s.", pause_node),
+        Fault("rolling-drain", "Every node is drained and replaced, one after the other.", drain_all),
+        Fault("scale", "One node, then four, then two.", scale, start=1),
+        Fault("pubsub-reset", f"Redis closes every pub/sub connection, {RESETS} times.", reset("pubsub")),
+        Fault("commands-reset", f"Redis closes every other connection, {RESETS} times.", reset("normal")),
+        Fault("both-reset", f"Redis closes every connection, {RESETS} times.", reset("pubsub", "normal")),
+        Fault("redis-pause", f"SIGSTOP of Redis for {REDIS_PAUSE_S:g} s.", pause_redis),
+        Fault("redis-restart", "SIGKILL of Redis; it starts again with its append-only file.", restart_redis),
+        Fault("redis-restart-empty", "SIGKILL of Redis; it starts again with nothing.", empty_redis),
+        Fault(
+            "sentinel-failover",
+            "SIGKILL of the master under Sentinel; it comes back as a replica.",
+            fail_over,
+            "sentinel",
+        ),
+        Fault(
+            "cluster-failover",
+            "SIGKILL of the Redis Cluster master that has the realm; it comes back as a replica.",
+            kill_owner,
+            "cluster",
+        ),
+        Fault("proxy-reload", f"HAProxy reads its configuration again, {RELOADS} times.", reload_proxy),
+        Fault(
+            "cut-connection",
+            f"A proxy before node and Redis loses {CUT_SHARE:.0%} of the answers for {CUT_S:g} s; publications with a "
+            "key are repeated until they are acknowledged.",
+            cut,
+            cuts=True,
+        ),
+    )
+}
+"""Every fault by name, in the order of the report."""
+
+
+# Inside
+
+
+async def _blocking(function: Callable[..., _T], *arguments: Any) -> _T:
+    return await asyncio.to_thread(function, *arguments)
+
+
+async def _scale(cluster: Cluster, count: int) -> None:
+    await _blocking(cluster.scale, count)
+    await _ready(cluster)
+
+
+async def _ready(cluster: Cluster) -> None:
+    """Return when every node says that it is ready. Raises FaultFailed."""
+    deadline = time.monotonic() + READY_S
+    for node in cluster.nodes:
+        server = Server(node.admin_address)
+        request = f"GET /health/ready HTTP/1.1\r\nHost: {node.admin_address}\r\n\r\n".encode()
+        said = ""
+        try:
+            while True:
+                try:
+                    response = await server.request(request, 1.0)
+                    if response.status == 200:
+                        break
+                    said = response.body.decode(errors="replace")
+                except (NoAnswer, NotSent) as error:
+                    said = str(error)
+                if time.monotonic() > deadline:
+                    raise FaultFailed(f"{node.name} is not ready {READY_S:g} s after the fault: {said}")
+                await asyncio.sleep(STEP_S)
+        finally:
+            await server.close()
+
+
+async def _until(condition: Callable[[], bool], hoped: str) -> None:
+    deadline = time.monotonic() + READY_S
+    while not await _blocking(condition):
+        if time.monotonic() > deadline:
+            raise FaultFailed(f"within {READY_S:g} s it was not so that {hoped}")
+        await asyncio.sleep(STEP_S)
+
+
+def _redis(address: str) -> Redis:
+    host, _, port = address.rpartition(":")
+    return Redis(host, int(port), socket_timeout=2.0, socket_connect_timeout=2.0)
+
+
+def _now_id() -> int:
+    return time.time_ns() // 1000
+
+
+def temporary_state() -> Path:
+    """A directory for a trial's processes."""
+    return Path(tempfile.mkdtemp(prefix="pushup-chaos-"))
