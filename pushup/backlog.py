@@ -12,7 +12,7 @@ from pushup.messages import Message
 class Backlog:
     """Messages in id order from `floor` on.
 
-    `floor`: every message with an id of at least `floor` that the channel ever had is here.
+    `floor`: every message with an id of at least `floor` that the channel ever had is here. Older ones may be.
     `whole`: what lies below the floor is gone for good; otherwise somebody else (the broker) may still have it.
     `tail`: the id of the last message ever appended, kept or not; 0 if there was none.
     """
@@ -67,7 +67,7 @@ class Backlog:
         if ids[0] < before:
             drop = max(drop, bisect_left(ids, before))
         if drop:
-            self.floor = ids[drop - 1] + 1
+            self.floor = max(self.floor, ids[drop - 1] + 1)
             del ids[:drop]
             del self._messages[:drop]
         return drop

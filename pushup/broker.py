@@ -1,4 +1,6 @@
-"""What a node asks of the place where messages are kept: the contract, in writing. `memory` keeps it for one node.
+"""What a node asks of the place where messages are kept: the contract, in writing.
+
+`memory` keeps it for one node, `redis_broker` for many.
 
 One broker object serves one realm. Ids come from the realm's clock: microseconds since the Unix epoch, made strictly
 increasing over all channels of the realm (`id = max(now, last + 1)`), and never go backwards.
@@ -9,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from pushup.errors import PushUpError
-from pushup.messages import ChannelInfo, ChannelOptions, History, Message, Publication, Receipt
+from pushup.messages import ChannelInfo, ChannelOptions, History, Message, NodeInfo, Publication, Receipt
 
 
 def now_us() -> int:
@@ -29,6 +31,12 @@ class Listener(Protocol):
     def on_doubt(self, channels: Sequence[str] | None) -> None:
         """These watched channels (None: all) must be read again: made anew, or events may have been missed."""
 
+    def on_position(self) -> None:
+        """The position has moved on without an event."""
+
+    def about(self) -> NodeInfo:
+        """What the node says of itself to whoever lists the nodes."""
+
 
 class Broker(Protocol):
     """Keeps the messages of one realm. Every coroutine raises Unavailable if the store does not answer in time."""
@@ -37,8 +45,12 @@ class Broker(Protocol):
     def name(self) -> str:
         """What an operator calls it: the URL without secrets."""
 
+    @property
+    def ready(self) -> bool:
+        """Whether events certainly reach this node: false as soon as there is a doubt about it."""
+
     async def start(self, listener: Listener) -> None:
-        """Connect. Events go to `listener` from now on."""
+        """Connect. Events go to `listener` from now on. Raises Unavailable."""
 
     async def stop(self) -> None:
         """Let go of everything."""
@@ -48,6 +60,9 @@ class Broker(Protocol):
 
         O(1), no I/O: what is known now, which may be less than what is true.
         """
+
+    def latest(self) -> int:
+        """About the id that a message stored now would get, for polls that want later ones. O(1), no I/O."""
 
     async def watch(self, wanted: Mapping[str, int]) -> Mapping[str, History | None]:
         """Watch channels and read each from the given id on; None for one that does not exist and must be created.
@@ -80,3 +95,6 @@ class Broker(Protocol):
 
     async def channels(self, after: str, limit: int) -> Sequence[ChannelInfo]:
         """Up to `limit` channels with names greater than `after`, sorted by name."""
+
+    async def nodes(self) -> Sequence[NodeInfo]:
+        """The nodes of the realm that were heard of in the last minute, by name."""

@@ -10,16 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from pushup.address import parse_address
 from pushup.errors import PushUpError, SettingsError
 from pushup.logs import configure
 from pushup.server import Server, serve
-from pushup.settings import ENV_PREFIX, FIELDS, Loaded, Settings, load, parse_address, show
+from pushup.settings import ENV_PREFIX, FIELDS, Loaded, Settings, load, show
 from pushup.version import __version__
 
 EXIT_WRONG_SETTING: Final = 2
 
 GROUPS: Final = {
-    "addresses and broker": ("listen", "admin_listen", "broker", "insecure", "demo"),
+    "addresses and broker": ("listen", "admin_listen", "broker", "realm", "name", "workers", "insecure", "demo"),
     "polls": ("poll_timeout", "poll_timeout_max", "poll_jitter", "poll_channels_max", "answer_bytes_max"),
     "publications": ("message_bytes_max", "publish_channels_max", "publish_batch_max", "idempotency_window"),
     "channels": ("channel_ttl", "channel_window", "channel_max_messages", "channel_implicit"),

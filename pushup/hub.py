@@ -54,6 +54,8 @@ class Subscription(msgspec.Struct, eq=False):
     parks: bool = True
     """False: it asked not to wait, and is parked only until its channels are known."""
     unknown: int = 0
+    latest: int = 0
+    """If it asked for news from now on: an id that is not later than now. `start` is an estimate until all are known."""
 
 
 class Channel:
@@ -62,12 +64,14 @@ class Channel:
     __slots__ = (
         "alone",
         "backlog",
+        "blind",
         "doubts",
         "early",
         "known",
         "max_messages",
         "name",
         "parked",
+        "passed",
         "position",
         "unsure",
         "window",
@@ -87,6 +91,10 @@ class Channel:
         """How often `known` ceased to be true. A read that was begun before the last time proves nothing."""
         self.position = 0
         """Up to here it did when it was read, which may be ahead of what was announced to other channels."""
+        self.passed = 0
+        """How far cursors had been given out when the channel ceased to be known, as if nothing had been missed."""
+        self.blind = (0, 0)
+        """A cursor above the first and up to the second was given out here although it passes a message over."""
         self.early: list[tuple[Message, int]] = []
         """(message, prev) pairs that came while the channel was being read."""
         self.window = 0.0
@@ -163,7 +171,7 @@ class Hub:
             return None
         backlog = channel.backlog
         start = poll.start
-        if start <= backlog.tail or start < backlog.floor:
+        if start <= backlog.tail or start < backlog.floor or start <= channel.blind[1]:
             return None
         tick = int(deadline * TICKS_PER_SECOND) + 1
         subscription = Subscription(channel.alone, start, MAX_ID, tick, owner)
@@ -175,12 +183,15 @@ class Hub:
         self.parked += 1
         return subscription
 
-    def subscribe(self, poll: Poll, owner: Owner, now: float, timeout: float | None = None) -> Answer | Subscription:
+    def subscribe(
+        self, poll: Poll, owner: Owner, now: float, timeout: float | None = None, latest: int = 0
+    ) -> Answer | Subscription:
         """Answer the poll at once, or park it until one of the other methods replies to it.
 
-        `timeout` overrides the poll's own. O(log n) for its deadline, O(1) per channel.
+        `timeout` overrides the poll's own; `latest` estimates the id a message would get now, for who asks for the
+        latest of a channel that has to be read. O(log n) for its deadline, O(1) per channel.
         """
-        start = self.position if poll.start == LATEST else poll.start
+        start = poll.start
         timeout = poll.timeout if timeout is None else timeout
         parks = timeout > 0
         if poll.end < MAX_ID:
@@ -188,6 +199,11 @@ class Hub:
         channels = tuple([self._channels.get(name) or self._open(name) for name in poll.channels])
         tick = math.ceil((now + timeout) * TICKS_PER_SECOND)
         subscription = Subscription(channels, start, poll.end, tick, owner, parks)
+        if start == LATEST:
+            subscription.latest = max(self.position, 1)
+            start = subscription.start = max(self.position, latest)
+            if all(channel.known for channel in channels):
+                start = subscription.start = max(self.position, *[channel.backlog.tail + 1 for channel in channels])
         for channel in channels:
             if not (channel.known and channel.backlog.covers(start)):
                 self._want(channel, start)
@@ -230,6 +246,13 @@ class Hub:
         channel.max_messages = history.max_messages
         had = channel.backlog
         messages, floor = list(history.messages), history.floor
+        passed = self.position if channel.known else channel.passed
+        # The first message that this node should have heard of, whether the broker still has it or not.
+        missed = next((message.id for message in messages if message.id > had.tail), passed)
+        if history.whole and floor > max(had.tail + 1, had.floor):
+            missed = floor - 1
+        if missed < passed:
+            channel.blind = (min(missed, channel.blind[0] or missed), passed)
         if not history.whole and had.floor < floor <= had.tail + 1:
             # Read on from where this node left off: what it had joins what it got.
             messages[:0] = had.range(0, floor - 1)
@@ -244,7 +267,7 @@ class Hub:
         early, channel.early = channel.early, []
         for message, prev in early:
             if message.id > channel.backlog.tail:
-                if prev > channel.backlog.tail:
+                if prev != channel.backlog.tail:
                     self._doubt(channel)
                     return ()
                 channel.backlog.append(message)
@@ -256,6 +279,9 @@ class Hub:
         for subscription in waited:
             if channel.backlog.covers(subscription.start):
                 subscription.unknown -= 1
+                if subscription.latest and subscription.start > history.position:
+                    # The broker's clock was set back since it was last heard of: the estimate is worth nothing.
+                    subscription.start = subscription.latest
                 if not subscription.unknown:
                     ready.append(subscription)
             else:
@@ -279,7 +305,7 @@ class Hub:
         if not channel.known:
             self._keep_early(channel, message, prev)
         elif message.id > backlog.tail:
-            if prev > backlog.tail:
+            if prev != backlog.tail:
                 self._doubt(channel)
                 return replies
             backlog.append(message)
@@ -287,6 +313,8 @@ class Hub:
             if backlog.trim(self._backlog, 0):
                 # This node's own limit, not the channel's: the broker still has what was dropped here.
                 backlog.whole = False
+            if message.id <= channel.blind[1]:
+                return [*replies, *self._settle([s for s in channel.parked if not s.unknown], now)]
             if channel.parked:
                 return [*replies, *self._answer_message(channel, message, now)]
         return replies
@@ -362,6 +390,9 @@ class Hub:
         self.wanted.pop(channel.name, None)
 
     def _want(self, channel: Channel, start: int) -> None:
+        if channel.passed and not channel.known:
+            # Whatever was missed must show.
+            start = min(start, channel.backlog.tail + 1)
         read = self.wanted.get(channel.name)
         self.wanted[channel.name] = Read(channel, min(start, read.start) if read else start)
 
@@ -403,9 +434,11 @@ class Hub:
 
     def _doubt(self, channel: Channel) -> None:
         channel.doubts += 1
+        if channel.known:
+            channel.passed = self.position
+        channel.known = False
         # What is here stays true: reading on from the tail is enough, unless somebody waits for older messages.
         self._want(channel, channel.backlog.tail + 1)
-        channel.known = False
         channel.early.clear()
         for subscription in channel.parked.keys() - channel.unsure:
             self._silence(subscription, channel)
@@ -460,15 +493,19 @@ class Hub:
             backlog = channel.backlog
             if backlog:
                 self._trim(channel, len(backlog))
-            gap = gap or backlog.gap(start)
+            gap = gap or backlog.gap(start) or channel.blind[0] < start <= channel.blind[1]
             if start <= backlog.tail:
                 found += backlog.range(start, end)
         if found:
             return self._answer_messages(subscription, found, gap)
         if gap:
-            # Past every floor, or the next poll would be told of the same gap at once.
+            # Past all of it, or the next poll would be told of the same gap at once.
             beyond = max(channel.backlog.floor for channel in subscription.channels)
-            return Answer((), max(self._next(subscription), beyond), "gap", gap=True)
+            next = max(self._next(subscription), beyond)
+            if subscription.parks and next <= max(channel.blind[1] for channel in subscription.channels):
+                self._held.add(subscription)
+                return None
+            return Answer((), next, "gap", gap=True)
         if not subscription.parks or self.position > subscription.end:
             return Answer((), self._next(subscription), "timeout")
         if held:
@@ -513,7 +550,7 @@ class Hub:
     def _next(self, subscription: Subscription) -> int:
         """The cursor after an answer without messages. An `end` that has passed is passed by it."""
         if subscription.unknown:
-            return subscription.start
+            return subscription.latest or subscription.start
         return max(subscription.start, min(self.position, subscription.end + 1))
 
     def _end(self, ended: Iterable[Subscription], reason: str, now: float, *, closed: str | None = None) -> Replies:

@@ -9,7 +9,6 @@ import contextlib
 import heapq
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from typing import Final
 
@@ -24,8 +23,10 @@ from pushup.messages import (
     ChannelOptions,
     History,
     Message,
+    NodeInfo,
     Publication,
     Receipt,
+    Retention,
     is_integer,
     show_channel,
 )
@@ -33,18 +34,6 @@ from pushup.messages import (
 SECOND: Final = 1_000_000
 SWEEP_INTERVAL_S: Final = 1.0
 CLOSED_REMEMBERED: Final = 10_000
-
-
-@dataclass(frozen=True, slots=True)
-class Retention:
-    """How long things are kept unless a channel says otherwise. Seconds and counts."""
-
-    ttl: float = 3600.0
-    window: float = 300.0
-    max_messages: int = 1000
-    idempotency: float = 300.0
-    implicit: bool = True
-    """Whether a named channel comes into being on its first publication."""
 
 
 class _Channel:
@@ -260,6 +249,10 @@ class MemoryBroker:
         self._store = MemoryStore(retention or Retention(), clock())
         self._sweeper: asyncio.Task[None] | None = None
 
+    @property
+    def ready(self) -> bool:
+        return True
+
     async def start(self, listener: Listener) -> None:
         self._store.listener = listener
         self._sweeper = asyncio.create_task(self._sweep())
@@ -277,6 +270,9 @@ class MemoryBroker:
 
     def position(self) -> int:
         return self._store.position(self._clock())
+
+    def latest(self) -> int:
+        return self.position()
 
     async def watch(self, wanted: Mapping[str, int]) -> Mapping[str, History | None]:
         now = self._clock()
@@ -309,3 +305,6 @@ class MemoryBroker:
 
     async def channels(self, after: str, limit: int) -> Sequence[ChannelInfo]:
         return self._store.channels(after, limit, self._clock())
+
+    async def nodes(self) -> Sequence[NodeInfo]:
+        return [self._store.listener.about()] if self._store.listener is not None else []

@@ -192,6 +192,43 @@ class ChannelOptions(msgspec.Struct, frozen=True):
     max_messages: int | None = None
 
 
+class Retention(msgspec.Struct, frozen=True):
+    """What holds in a realm unless a channel says otherwise. Seconds, counts, bytes.
+
+    `implicit` is whether a named channel comes into being on its first publication. The last two are limits for those
+    who publish past a node.
+    """
+
+    ttl: float = 3600.0
+    window: float = 300.0
+    max_messages: int = 1000
+    idempotency: float = 300.0
+    implicit: bool = True
+    message_bytes: int = 64 * 1024
+    publish_channels: int = 100
+
+
+class NodeInfo(msgspec.Struct, frozen=True):
+    """What a node says of itself with each heartbeat. `started` and `seen` (its last heartbeat) are ids.
+
+    `parked` polls, watched `channels` and open `connections` are those of the moment, `publications` made through it
+    and messages in `deliveries` those since it started. `state` is ready, draining or unready.
+    """
+
+    name: str
+    address: str
+    admin_address: str
+    version: str
+    state: str
+    started: int
+    seen: int
+    parked: int
+    channels: int
+    connections: int
+    publications: int
+    deliveries: int
+
+
 class History(msgspec.Struct, frozen=True):
     """What a broker knows of one channel at one moment.
 

@@ -67,6 +67,7 @@ class Metrics(Collector):
         self.publications_refused = 0
         self.broker_reads = 0
         self.broker_read_errors = 0
+        self.broker_doubts = 0
         self.refused = dict.fromkeys(_CODES, 0)
         self.connections_opened = 0
         self.connections_closed = 0
@@ -121,6 +122,9 @@ class Metrics(Collector):
         yield CounterMetricFamily("pushup_broker_reads", "Channels read from the broker.", self.broker_reads)
         yield CounterMetricFamily(
             "pushup_broker_read_errors", "Channels whose read from the broker failed.", self.broker_read_errors
+        )
+        yield CounterMetricFamily(
+            "pushup_broker_doubts", "Times that events of the broker may have been missed.", self.broker_doubts
         )
         yield self.lag.family("pushup_delivery_lag_seconds", "From a message's id to its answer being written.")
         yield self.loop_lag.family("pushup_event_loop_lag_seconds", "How late the event loop runs its timers.")

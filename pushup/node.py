@@ -4,19 +4,23 @@ import asyncio
 import logging
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import islice
 
 from pushup.broker import Broker, now_us
 from pushup.errors import ChannelNotFound, PushUpError, Unavailable
 from pushup.hub import TICKS_PER_SECOND, Hub, Owner, Read, Replies, Subscription
-from pushup.messages import Answer, Message, Poll, Publication, Receipt, show_channel
+from pushup.messages import Answer, Message, NodeInfo, Poll, Publication, Receipt, show_channel
 from pushup.metrics import Metrics
 from pushup.settings import Settings
+from pushup.version import __version__
 
 log = logging.getLogger("pushup.node")
 
 HOUSEKEEPING_INTERVAL_S = 1.0
 DRAIN_STEP_S = 0.05
+READ_AT_ONCE = 512
+"""Channels that share the time the broker has for a read."""
 NEVER = 2**62
 
 
@@ -28,7 +32,10 @@ class Node:
         self.settings = settings
         self.metrics = metrics
         self.draining = False
-        self._started = False
+        self.address = ""
+        """Where clients reach it, for the list of nodes; as `admin_address`, set by whoever listens."""
+        self.admin_address = ""
+        self._started = 0
         self._hub = Hub(
             answer_bytes=settings.answer_bytes_max, backlog=settings.backlog_messages, linger=settings.linger
         )
@@ -49,7 +56,7 @@ class Node:
     @property
     def ready(self) -> bool:
         """Whether clients should be sent here."""
-        return self._started and not self.draining
+        return bool(self._started) and not self.draining and self.broker.ready
 
     @property
     def watched(self) -> int:
@@ -59,7 +66,7 @@ class Node:
     async def start(self) -> None:
         """Connect to the broker."""
         await self.broker.start(self)
-        self._started = True
+        self._started = now_us()
         self._housekeep()
 
     async def stop(self) -> None:
@@ -82,7 +89,7 @@ class Node:
         parked = hub.park(poll, owner, now + timeout)
         if parked is None:
             self._advance(now)
-            result = hub.subscribe(poll, owner, now, timeout)
+            result = hub.subscribe(poll, owner, now, timeout, self.broker.latest())
             if isinstance(result, Answer):
                 self._count(result, 1)
                 return result
@@ -158,9 +165,31 @@ class Node:
         self._send(self._hub.close(channel, self._loop.time()))
 
     def on_doubt(self, channels: Sequence[str] | None) -> None:
+        self.metrics.broker_doubts += 1
         self._hub.doubt(channels)
         if self._hub.wanted:
             self._read_soon()
+
+    def on_position(self) -> None:
+        self._advance(self._loop.time())
+
+    def about(self) -> NodeInfo:
+        metrics = self.metrics
+        now = now_us()
+        return NodeInfo(
+            name=self.settings.name,
+            address=self.address,
+            admin_address=self.admin_address,
+            version=__version__,
+            state="draining" if self.draining else "ready" if self.ready else "unready",
+            started=self._started or now,
+            seen=now,
+            parked=self.parked,
+            channels=self.watched,
+            connections=metrics.connections_opened - metrics.connections_closed,
+            publications=metrics.publications,
+            deliveries=metrics.messages_delivered,
+        )
 
     # Inside
 
@@ -191,12 +220,13 @@ class Node:
 
     def _start_read(self) -> None:
         self._reading = False
-        task = self._loop.create_task(self._read())
-        self._reads.add(task)
-        task.add_done_callback(self._reads.discard)
+        wanted, self._hub.wanted = iter(self._hub.wanted.items()), {}
+        while reads := dict(islice(wanted, READ_AT_ONCE)):
+            task = self._loop.create_task(self._read(reads))
+            self._reads.add(task)
+            task.add_done_callback(self._reads.discard)
 
-    async def _read(self) -> None:
-        reads, self._hub.wanted = self._hub.wanted, {}
+    async def _read(self, reads: Mapping[str, Read]) -> None:
         self.metrics.broker_reads += len(reads)
         try:
             async with asyncio.timeout(self.settings.broker_timeout):

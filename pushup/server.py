@@ -3,22 +3,28 @@
 import asyncio
 import logging
 import os
+import re
+import secrets
 import signal
 import socket
 from collections.abc import Callable
 from typing import Final
 
+import msgspec
 from aiohttp import web
 
+from pushup.address import parse_address
 from pushup.admin import make_admin_app
 from pushup.broker import Broker
 from pushup.demo import add_demo
-from pushup.errors import SettingsError
+from pushup.errors import PushUpError, SettingsError
 from pushup.lane import Lane, Lanes
-from pushup.memory import MemoryBroker, Retention
+from pushup.memory import MemoryBroker
+from pushup.messages import Retention
 from pushup.metrics import Metrics
 from pushup.node import Node
-from pushup.settings import Settings, parse_address
+from pushup.redis_url import parse_servers
+from pushup.settings import Settings
 from pushup.web import WebConnection, make_app
 
 log = logging.getLogger("pushup.server")
@@ -31,22 +37,43 @@ FLUSH_TIMEOUT_S: Final = 5.0
 
 def make_broker(settings: Settings) -> Broker:
     """The broker that the URL in the settings names."""
-    return MemoryBroker(
-        Retention(
-            ttl=settings.channel_ttl,
-            window=settings.channel_window,
-            max_messages=settings.channel_max_messages,
-            idempotency=settings.idempotency_window,
-            implicit=settings.channel_implicit,
-        )
+    retention = Retention(
+        ttl=settings.channel_ttl,
+        window=settings.channel_window,
+        max_messages=settings.channel_max_messages,
+        idempotency=settings.idempotency_window,
+        implicit=settings.channel_implicit,
+        message_bytes=settings.message_bytes_max,
+        publish_channels=settings.publish_channels_max,
     )
+    if settings.broker == "memory://":
+        return MemoryBroker(retention)
+    # Here, as only then the time to load redis-py is worth it.
+    from pushup.redis_broker import RedisBroker
+
+    return RedisBroker(
+        parse_servers(settings.broker),
+        settings.realm,
+        retention,
+        node=settings.name,
+        timeout=settings.broker_timeout,
+    )
+
+
+def make_name() -> str:
+    """A name for a node that was not given one."""
+    host = re.sub("[^A-Za-z0-9.-]", "-", socket.gethostname()).strip(".-")[:50]
+    return f"{host or 'node'}-{secrets.token_hex(2)}"
 
 
 class Server:
     """One PushUp process."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, shares_port: bool = False) -> None:
+        if settings.name == "auto":
+            settings = msgspec.structs.replace(settings, name=make_name())
         self.settings = settings
+        self._shares_port = shares_port
         self.metrics = Metrics()
         self.address = ""
         """HOST:PORT it serves on, with the real port if 0 was asked for."""
@@ -60,7 +87,7 @@ class Server:
         self._tick_due = 0.0
 
     async def start(self) -> None:
-        """Listen and serve. Raises SettingsError if an address cannot be had."""
+        """Listen and serve. Raises SettingsError if an address cannot be had, Unavailable if the broker cannot."""
         settings = self.settings
         self.node = Node(make_broker(settings), settings, self.metrics)
         app = make_app(self.node, settings.body_bytes_max, self.metrics)
@@ -71,14 +98,21 @@ class Server:
         self._lanes = Lanes(self.node, self._borrow)
         self._admin = web.AppRunner(make_admin_app(self.node, self.metrics), access_log=None)
         await self._admin.setup()
-        await self.node.start()
         loop = asyncio.get_running_loop()
-        self._listener = await _listen("listen", settings.listen, self._lanes)
+        self._listener = await _listen("listen", settings.listen, self._lanes, share=self._shares_port)
         admin_server = self._admin.server
         assert admin_server is not None
         self._admin_listener = await _listen("admin_listen", settings.admin_listen, admin_server)
-        self.address = _address(self._listener)
-        self.admin_address = _address(self._admin_listener)
+        self.address = self.node.address = _address(self._listener)
+        self.admin_address = self.node.admin_address = _address(self._admin_listener)
+        try:
+            await self.node.start()
+        except PushUpError:
+            self._listener.close()
+            self._admin_listener.close()
+            raise
+        await self._listener.start_serving()
+        await self._admin_listener.start_serving()
         self._tick_due = loop.time()
         self._tick()
 
@@ -119,11 +153,20 @@ class Server:
             lane.abort()
 
 
-async def _listen(name: str, text: str, factory: Callable[[], asyncio.BaseProtocol]) -> asyncio.Server:
+async def _listen(
+    name: str, text: str, factory: Callable[[], asyncio.BaseProtocol], *, share: bool = False
+) -> asyncio.Server:
+    """A listener that does not accept yet. `share`: other processes of ours may have the same port."""
     address = parse_address(text)
     try:
         return await asyncio.get_running_loop().create_server(
-            factory, address.host, address.port, backlog=ACCEPT_BACKLOG, reuse_address=True
+            factory,
+            address.host,
+            address.port,
+            backlog=ACCEPT_BACKLOG,
+            reuse_address=True,
+            reuse_port=share or None,
+            start_serving=False,
         )
     except OSError as error:
         # The event loop puts the address into strerror, at length; a name that does not resolve has no errno of ours.
@@ -136,7 +179,7 @@ def _address(listener: asyncio.Server) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-async def serve(settings: Settings, announce: Callable[[Server], None]) -> None:
+async def serve(settings: Settings, announce: Callable[[Server], None], *, shares_port: bool = False) -> None:
     """Run until SIGTERM (drains over the drain window) or SIGINT (drains at once); a second signal stops short."""
     stopping: asyncio.Future[float] = asyncio.get_running_loop().create_future()
     task = asyncio.current_task()
@@ -151,7 +194,7 @@ async def serve(settings: Settings, announce: Callable[[Server], None]) -> None:
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop, settings.drain_window)
     loop.add_signal_handler(signal.SIGINT, stop, 0.0)
-    server = Server(settings)
+    server = Server(settings, shares_port=shares_port)
     await server.start()
     announce(server)
     await server.stop(await stopping)

@@ -9,15 +9,16 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NamedTuple, get_args, get_type_hints
+from typing import Annotated, Any, Final, Literal, get_args, get_type_hints
 
 import msgspec
 from msgspec import Meta
 
+from pushup.address import parse_address
 from pushup.errors import SettingsError
 from pushup.messages import MAX_ID
+from pushup.redis_url import parse_servers
 
 ENV_PREFIX: Final = "PUSHUP_"
 
@@ -25,6 +26,13 @@ ENV_PREFIX: Final = "PUSHUP_"
 Switch = Annotated[bool, Meta(extra={"must": "be true or false (or yes and no, on and off, 1 and 0)", "shown": "BOOL"})]
 Listen = Annotated[str, Meta(extra={"must": "be HOST:PORT in quotes", "shown": "HOST:PORT"})]
 Url = Annotated[str, Meta(extra={"must": "be a URL in quotes", "shown": "URL"})]
+Name = Annotated[
+    str,
+    Meta(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+        extra={"must": "be 1 to 64 letters, digits, dots, dashes and underscores", "shown": "NAME"},
+    ),
+]
 Seconds = Annotated[
     float, Meta(ge=0, le=1e9, extra={"must": "be a number of seconds, 0 to 1000000000", "shown": "SECONDS"})
 ]
@@ -44,45 +52,9 @@ _SWITCH_WORDS: Final = {
     **dict.fromkeys(("false", "no", "off", "0"), False),
 }
 
-_ADDRESS: Final = re.compile(r"(?:\[(?P<v6>[^\[\]\s]+)\]|(?P<host>[A-Za-z0-9._-]*)):(?P<port>[0-9]{1,5})")
-
 # Kubernetes sets these in every container beside a service whose name begins with pushup, and Docker's links do.
 _SERVICE: Final = re.compile(r"(.*_)?(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
 _SERVICE_URL: Final = re.compile(r"(tcp|udp|sctp)://")
-
-
-class Address(NamedTuple):
-    """A host and a port to listen on."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-    @property
-    def loopback(self) -> bool:
-        """Whether only this machine can reach it."""
-        try:
-            return ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host == "localhost"
-
-
-def parse_address(text: str) -> Address:
-    """`HOST:PORT`, `[V6]:PORT` or `:PORT` (every interface). Raises ValueError with the rest of a sentence."""
-    match = _ADDRESS.fullmatch(text)
-    if match is None:
-        raise ValueError("it must be HOST:PORT, or [HOST]:PORT for IPv6")
-    port = int(match["port"])
-    if port > 65535:
-        raise ValueError("a port is at most 65535")
-    if match["v6"] is None:
-        return Address(match["host"] or "0.0.0.0", port)
-    try:
-        return Address(str(ip_address(match["v6"])), port)
-    except ValueError:
-        raise ValueError(f"{match['v6']} is not an IPv6 address") from None
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -92,9 +64,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     admin_listen: Annotated[Listen, Meta(description="where health, metrics and administration are served")] = (
         "127.0.0.1:8081"
     )
-    broker: Annotated[Url, Meta(description="where messages are kept; memory:// is this process, for one node")] = (
-        "memory://"
+    broker: Annotated[Url, Meta(description="where messages are kept: memory:// (this process) or Redis")] = "memory://"
+    realm: Annotated[Name, Meta(description="the tenant whose channels this node serves, apart from all others")] = (
+        "default"
     )
+    name: Annotated[Name, Meta(description="this node in the list of nodes; auto: HOSTNAME and some letters")] = "auto"
+    workers: Annotated[Count, Meta(description="node processes that share the port; more than one needs Redis")] = 1
     insecure: Annotated[Switch, Meta(description="allow listening beyond this machine although access is open")] = False
     demo: Annotated[Switch, Meta(description="serve the question board at /")] = False
 
@@ -260,7 +235,17 @@ def _check(settings: Settings, origins: Mapping[str, str]) -> None:
                 "or say --insecure if the network itself keeps strangers out"
             )
     if settings.broker != "memory://":
-        raise _wrong("broker", settings.broker, origins["broker"], "this version knows memory:// only")
+        try:
+            parse_servers(settings.broker)
+        except ValueError as error:
+            raise _wrong("broker", settings.broker, origins["broker"], str(error)) from None
+    elif settings.workers > 1:
+        raise _wrong(
+            "workers",
+            settings.workers,
+            origins["workers"],
+            "processes share nothing through memory://; name a --broker",
+        )
     if settings.poll_timeout > settings.poll_timeout_max:
         timeout, most = show("poll_timeout", settings.poll_timeout), show("poll_timeout_max", settings.poll_timeout_max)
         raise SettingsError(

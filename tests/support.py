@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -98,6 +98,16 @@ async def connected(server: Server, *, admin: bool = False) -> AsyncIterator[Cli
         yield client
     finally:
         await client.close()
+
+
+async def eventually(condition: Callable[[], bool], hope: str) -> None:
+    """Return once the condition holds."""
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            while not condition():
+                await asyncio.sleep(0.001)
+    except TimeoutError:
+        raise AssertionError(f"hoped that {hope}") from None
 
 
 async def parked(server: Server, count: int) -> None:

@@ -3,13 +3,22 @@
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from itertools import pairwise
+from uuid import uuid4
 
 import pytest
+from fakeredis import FakeAsyncRedisConnection, FakeServer
+from redis.asyncio.connection import AbstractConnection
 
+from pushup.address import Address
 from pushup.broker import Broker
 from pushup.errors import ChannelExists, ChannelNotFound, KeyReused
-from pushup.memory import MemoryBroker, Retention
-from pushup.messages import ChannelOptions, History, Message, Publication, Receipt
+from pushup.memory import MemoryBroker
+from pushup.messages import ChannelOptions, History, Message, NodeInfo, Publication, Receipt, Retention
+from pushup.redis_broker import RedisBroker
+from pushup.redis_url import Servers, parse_servers
+from tests.support import PATIENCE_S, eventually
+
+ABOUT = NodeInfo("me", "127.0.0.1:1", "127.0.0.1:2", "1", "ready", 1, 1, 0, 0, 0, 0, 0)
 
 
 class Recorder:
@@ -29,6 +38,12 @@ class Recorder:
     def on_doubt(self, channels: Sequence[str] | None) -> None:
         self.doubted += channels if channels is not None else ["everything"]
 
+    def on_position(self) -> None:
+        pass
+
+    def about(self) -> NodeInfo:
+        return ABOUT
+
 
 Started = AbstractAsyncContextManager[tuple[Broker, Recorder]]
 
@@ -43,7 +58,37 @@ async def memory(retention: Retention) -> AsyncIterator[tuple[Broker, Recorder]]
         await broker.stop()
 
 
-BROKERS: dict[str, Callable[[Retention], Started]] = {"memory": memory}
+@asynccontextmanager
+async def fake(retention: Retention) -> AsyncIterator[tuple[Broker, Recorder]]:
+    """fakeredis: the same functions in a Redis that is not one."""
+    server = FakeServer()
+    async with redis_broker(
+        parse_servers("redis://fake"), retention, lambda address: FakeAsyncRedisConnection(server=server, protocol=2)
+    ) as started:
+        yield started
+
+
+@asynccontextmanager
+async def redis_broker(
+    servers: Servers, retention: Retention, dialer: Callable[[Address], AbstractConnection] | None = None
+) -> AsyncIterator[tuple[Broker, Recorder]]:
+    """In a realm of its own."""
+    broker = RedisBroker(servers, f"test-{uuid4().hex}", retention, node="me", timeout=PATIENCE_S, dialer=dialer)
+    recorder = Recorder()
+    await broker.start(recorder)
+    try:
+        yield broker, recorder
+    finally:
+        await broker.stop()
+
+
+@asynccontextmanager
+async def standalone(retention: Retention) -> AsyncIterator[tuple[Broker, Recorder]]:
+    async with redis_broker(parse_servers("redis://127.0.0.1:7771"), retention) as started:
+        yield started
+
+
+BROKERS: dict[str, Callable[[Retention], Started]] = {"memory": memory, "fakeredis": fake, "redis": standalone}
 
 
 @pytest.fixture(params=BROKERS)
@@ -69,6 +114,11 @@ async def watch(broker: Broker, channel: str, start: int = 0) -> History:
     history = (await broker.watch({channel: start}))[channel]
     assert history is not None
     return history
+
+
+async def caught_up(broker: Broker, id: int) -> None:
+    """Return once everything announced up to this id has been heard."""
+    await eventually(lambda: broker.position() > id, "the broker catches up")
 
 
 async def test_ids_increase_over_all_channels(broker: Make) -> None:
@@ -100,6 +150,7 @@ async def test_a_watched_channel_is_heard_with_its_prev(broker: Make) -> None:
         first = await publish(store, "a")
         await watch(store, "a")
         second, _, third = await publish(store, "a"), await publish(store, "b"), await publish(store, "a", "b")
+        await caught_up(store, third)
 
         assert recorder.heard == [("a", second, first), ("a", third, second)]
 
@@ -110,6 +161,7 @@ async def test_a_message_to_two_watched_channels_is_announced_on_both(broker: Ma
         first = await publish(store, "a")
         await store.watch({"a": 0, "b": 0})
         both = await publish(store, "a", "b")
+        await caught_up(store, both)
 
         assert recorder.heard == [("a", both, first), ("b", both, 0)]
 
@@ -119,7 +171,7 @@ async def test_an_unwatched_channel_falls_silent(broker: Make) -> None:
     async with broker() as (store, recorder):
         await watch(store, "a")
         store.unwatch(["a"])
-        await publish(store, "a")
+        await caught_up(store, await publish(store, "a"))
 
         assert recorder.heard == []
 
@@ -129,6 +181,7 @@ async def test_position_is_between_what_was_announced_and_what_comes(broker: Mak
     async with broker() as (store, _):
         await watch(store, "a")
         before = await publish(store, "a")
+        await caught_up(store, before)
         position = store.position()
         after = await publish(store, "a")
 
@@ -175,6 +228,7 @@ async def test_a_key_makes_a_retry_safe(broker: Make) -> None:
         again = await store.publish([publication("a", key="k")])
 
         assert isinstance(first[0], Receipt)
+        await caught_up(store, await publish(store, "b"))
         assert again == [Receipt(first[0].id, duplicate=True)]
         assert len(recorder.heard) == 1
 
@@ -185,6 +239,7 @@ async def test_a_key_belongs_to_one_publication(broker: Make) -> None:
         await watch(store, "a")
         await publish(store, "a", key="k")
         results = await store.publish([publication("a", data=b"2", key="k"), publication("b", key="k")])
+        await caught_up(store, await publish(store, "c"))
 
         assert [type(result) for result in results] == [KeyReused, KeyReused]
         assert len(recorder.heard) == 1
@@ -249,6 +304,7 @@ async def test_making_a_channel_that_is_watched_gives_reason_for_doubt(broker: M
     async with broker() as (store, recorder):
         await watch(store, "a")
         await store.create("a", ChannelOptions(window=7.0))
+        await eventually(lambda: recorder.doubted != [], "the doubt is heard")
 
         assert recorder.doubted == ["a"]
         assert (await watch(store, "a")).window == 7.0
@@ -292,6 +348,7 @@ async def test_closing_is_announced_and_final(broker: Make) -> None:
         channel = (await store.create(None, ChannelOptions())).channel
         await watch(store, channel)
         await store.close(channel)
+        await eventually(lambda: recorder.closed != [], "the end is heard")
 
         assert recorder.closed == [channel]
         assert (await store.watch({channel: 0}))[channel] is None

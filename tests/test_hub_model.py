@@ -34,32 +34,40 @@ class Client:
         self.start = start
         self.end = MAX_ID
         self.parked: Subscription | None = None
+        self.latest = False
+        """Whether it asked for news from now on, and may be given a little more."""
+        self.owed: set[tuple[int, str]] = set()
+        """What it was given a cursor beyond because nobody knew of it yet: it must be told of a gap."""
 
     def answer(self, answer: Answer) -> None:
         self.parked = None
         self.model.drop_all()
         ids = [message.id for message, _ in answer.messages]
         assert all(a < b for a, b in pairwise(ids)), "not in order, or twice"
-        assert all(self.start <= id <= self.end for id in ids), "out of range"
-        assert answer.next >= max(ids, default=self.start - 1) + 1 or self.start == LATEST
+        assert all((self.latest or self.start <= id) and id <= self.end for id in ids), "out of range"
+        assert answer.next >= max(ids, default=0 if self.latest else self.start - 1) + 1
         expected = [
             id
             for id, channels in self.model.published.items()
             if self.start <= id < min(answer.next, self.end + 1) and not set(channels).isdisjoint(self.channels)
         ]
         lost = [id for id in expected if id not in ids]
-        assert set(ids) <= set(expected), "a message nobody published to these channels"
+        assert self.latest or set(ids) <= set(expected), "a message nobody published to these channels"
+        unheard = {(id, name) for id, name in self.model.unheard if id in lost and name in self.channels}
+        self.owed = set() if answer.gap else self.owed | unheard
+        lost = [id for id in lost if id not in {id for id, _ in unheard}]
         if self.start > 0 and not answer.gap:
             assert not lost, f"{lost} lost in silence between {self.start} and {answer.next}"
         if self.start == 0:
             assert all(self.model.dropped(id, self.channels) for id in lost), f"{lost} is cached but was left out"
         if answer.gap:
             assert self.start > 0
-            assert self.model.may_have_lost(self.start, self.channels), "a gap where nothing was lost"
+            assert self.latest or self.model.may_have_lost(self.start, self.channels), "a gap where nothing was lost"
         for message, text in answer.messages:
             shown = [name for name in self.channels if name in message.channels]
             assert text == message.json(tuple(shown))
         self.start = answer.next
+        self.latest = False
 
     def fail(self, error: Exception) -> None:
         raise AssertionError(error)
@@ -80,6 +88,8 @@ class Model(RuleBasedStateMachine):
         self.watched: set[str] = set()
         self.stream: deque[tuple[str, Message | None, int]] = deque()
         self.reads: list[list[tuple[Read, History]]] = []
+        self.unheard: list[tuple[int, str]] = []
+        """Announcements that got lost, although the connection held."""
         self.clients = [Client(self, channels, 0) for channels in WATCHERS]
 
     # The naive store
@@ -88,7 +98,9 @@ class Model(RuleBasedStateMachine):
         return all(id < self.floors[name] for name in channels if name in self.published[id])
 
     def may_have_lost(self, start: int, channels: tuple[str, ...]) -> bool:
-        return any(start < self.floors[name] for name in channels)
+        return any(start < self.floors[name] for name in channels) or any(
+            name in channels and id < start for id, name in self.unheard
+        )
 
     def drop(self, name: str) -> None:
         kept = [m for m in self.cached[name] if m.id > self.clock - WINDOW_US][-COUNT:]
@@ -146,7 +158,9 @@ class Model(RuleBasedStateMachine):
         for _ in range(min(count, len(self.stream))):
             name, message, prev = self.stream.popleft()
             if message is None:
+                self.forget_owed(name)
                 self.tell(self.hub.close(name, self.now))
+                self.forget_owed(name)
             else:
                 self.tell(self.hub.deliver(name, message, prev, self.now))
 
@@ -190,20 +204,40 @@ class Model(RuleBasedStateMachine):
         client = data.draw(st.sampled_from(self.clients))
         if client.parked is None:
             client.start = max(self.clock - ahead, 1) if start == BIRTH else start
+            client.owed.clear()
 
-    @rule(timeout=st.sampled_from((0.0, 1.0, 30.0)), span=st.sampled_from((0, 5, None, None)))
-    def poll(self, timeout: float, span: int | None) -> None:
-        """Every client that is not waiting polls."""
+    @precondition(lambda self: self.stream)
+    @rule()
+    def lose_announcement(self) -> None:
+        """The connection holds, and yet an event is lost on it. Whoever comes with a cursor beyond may be told a gap."""
+        name, message, _ = self.stream.popleft()
+        if message is not None:
+            self.unheard.append((message.id, name))
+
+    @rule(name=st.sampled_from(CHANNELS))
+    def audit(self, name: str) -> None:
+        """The broker compares tails behind everything it has announced."""
+        channel = self.hub._channels.get(name)
+        if not self.stream and channel is not None and channel.known and self.tails[name] > channel.backlog.tail:
+            self.hub.doubt([name])
+
+    @rule(timeout=st.sampled_from((0.0, 1.0, 30.0)), span=st.sampled_from((0, 5, None, None)), skew=st.sampled_from((0, 10_000)))
+    def poll(self, timeout: float, span: int | None, skew: int) -> None:
+        """Every client that is not waiting polls. What it takes for now may be far in the future."""
         for client in self.clients:
             if client.parked is None:
-                self.poll_one(client, timeout, span)
+                self.poll_one(client, timeout, span, skew)
 
-    def poll_one(self, client: Client, timeout: float, span: int | None) -> None:
-        if client.start == LATEST:
-            client.start = self.hub.position
+    def poll_one(self, client: Client, timeout: float, span: int | None, skew: int) -> None:
+        start, latest = client.start, self.clock + 1
+        if start == LATEST:
+            client.start, client.latest = latest, True
+            latest += skew
         client.end = MAX_ID if span is None else max(client.start, self.clock) + span
-        poll = Poll(client.channels, client.start, client.end, timeout)
-        result = self.hub.park(poll, client, self.now + timeout) or self.hub.subscribe(poll, client, self.now)
+        poll = Poll(client.channels, start, client.end, timeout)
+        result = self.hub.park(poll, client, self.now + timeout) or self.hub.subscribe(
+            poll, client, self.now, latest=latest
+        )
         if isinstance(result, Answer):
             client.answer(result)
         else:
@@ -224,6 +258,12 @@ class Model(RuleBasedStateMachine):
         for name in self.hub.forget_idle(self.now):
             self.watched.discard(name)
             self.stream = deque(event for event in self.stream if event[0] != name)
+            self.forget_owed(name)
+
+    def forget_owed(self, name: str) -> None:
+        """What a node knew of a channel ends with its linger, also that it passed something over."""
+        for client in self.clients:
+            client.owed = {(id, on) for id, on in client.owed if on != name}
 
     @rule(dice=st.integers(0, 3))
     def drain(self, dice: int) -> None:
@@ -236,8 +276,7 @@ class Model(RuleBasedStateMachine):
     def parked_is_counted(self) -> None:
         assert self.hub.parked == sum(client.parked is not None for client in self.clients)
 
-    def teardown(self) -> None:
-        """When the dust settles, nobody waits for something that is there."""
+    def settle(self) -> None:
         while self.stream or self.reads or self.hub.wanted:
             if self.stream:
                 self.announce(4)
@@ -246,6 +285,13 @@ class Model(RuleBasedStateMachine):
             else:
                 for read, history in self.reads.pop(0):
                     self.tell(self.hub.learn(read, history, self.now))
+
+    def teardown(self) -> None:
+        """When the dust settles, nobody waits for something that is there, and every gap was told."""
+        self.settle()
+        for name in CHANNELS:
+            self.audit(name)
+        self.settle()
         self.tell(self.hub.advance(self.position(), self.now))
         self.drop_all()
         for client in self.clients:
@@ -257,8 +303,15 @@ class Model(RuleBasedStateMachine):
                     if client.start <= message.id <= client.end
                 ]
                 assert not waiting, f"{client.channels} from {client.start} starves: {waiting} is cached"
+        self.tell(self.hub.advance(self.clock + 2, self.now))
         self.tell(self.hub.expire(self.now + 1000))
         assert self.hub.parked == 0
+        for client in self.clients:
+            if client.owed and client.start:
+                owed = set(client.owed)
+                self.poll_one(client, 0.0, None, 0)
+                self.settle()
+                assert not client.owed, f"{owed} was passed over, and no word of it"
 
 
 Model.TestCase.settings = settings(

@@ -1,0 +1,188 @@
+"""Calls PushUp's functions in the server that owns the realm, whichever that is at the moment.
+
+What was certainly not executed is asked again, of another server if need be, until the time is up. What may have been
+executed is repeated only if that is harmless; otherwise the caller is told the truth.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from redis.asyncio.connection import AbstractConnection
+from redis.exceptions import ResponseError
+
+from pushup.address import Address
+from pushup.errors import PushUpError, Unavailable
+from pushup.library import LOAD, VERSION, Call, Library, NotExecuted, parse_receipt, translate
+from pushup.link import Commands, Lost
+from pushup.messages import Publication, Receipt
+from pushup.redis_url import Servers
+from pushup.servers import NoServer, dial, locate
+
+log = logging.getLogger("pushup.caller")
+
+PAUSE_S: Final = 0.05
+"""Between two tries at the same thing, and doubled up to..."""
+PAUSE_MAX_S: Final = 1.0
+
+UNKNOWN: Final = "the connection to Redis was lost before it answered, so this may have been done or not"
+
+
+class Caller:
+    """The command side of a realm: one connection at a time, opened when needed."""
+
+    def __init__(
+        self,
+        servers: Servers,
+        library: Library,
+        timeout: float,
+        dialer: Callable[[Address], AbstractConnection] | None = None,
+    ) -> None:
+        self.servers = servers
+        self.library = library
+        self.timeout = timeout
+        self._dial = dialer or (lambda address: dial(servers, address, timeout))
+        self._commands: Commands | None = None
+        self._closing: set[asyncio.Task[None]] = set()
+        self._lock = asyncio.Lock()
+        self._attempt = 0
+        self._stopped = False
+        self.address = servers.addresses[0]
+        """The server it is, or was last, connected to."""
+
+    def connection(self) -> AbstractConnection:
+        """A further connection to the server in use, not yet connected."""
+        return self._dial(self.address)
+
+    def reset(self, reason: str) -> None:
+        """Look for the server anew with the next call. Calls without a reply fail."""
+        if self._commands is not None:
+            self._commands.end(reason)
+        self._retire()
+
+    def _retire(self) -> None:
+        """Look for the server anew with the next call. Calls under way still get their replies."""
+        commands, self._commands = self._commands, None
+        if commands is not None:
+            task = asyncio.get_running_loop().create_task(commands.retire(self.timeout))
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+    async def stop(self) -> None:
+        """Let go of the connection, for good."""
+        self._stopped = True
+        self.reset("closed")
+        await asyncio.gather(*self._closing)
+
+    async def connect(self) -> Commands:
+        """The connection, opened if it is not open. Raises NotExecuted if none can be had."""
+        if self._commands is not None and self._commands.open:
+            return self._commands
+        async with self._lock:
+            if self._commands is not None and self._commands.open:
+                return self._commands
+            if self._stopped:
+                raise NotExecuted("the broker was stopped")
+            self.reset("reconnecting")
+            self._attempt += 1
+            try:
+                self.address = await locate(self.servers, self.library.key, self._attempt - 1, self.timeout)
+                commands = Commands(self._dial(self.address))
+                await commands.connect()
+            except NoServer as error:
+                raise NotExecuted(str(error)) from None
+            except Lost as error:
+                raise NotExecuted(f"{self.address}: {error}") from None
+            try:
+                await self._load(commands)
+            except BaseException:
+                await commands.close()
+                raise
+            self._commands = commands
+            return commands
+
+    async def call(self, call: Call, *, repeatable: bool = True) -> Any:
+        """The reply to one call. `repeatable`: doing it twice does no harm.
+
+        Raises what the function has against the call, or Unavailable.
+        """
+        (reply,) = await self.call_all([call], repeatable=lambda _: repeatable)
+        if isinstance(reply, PushUpError):
+            raise reply
+        return reply
+
+    async def publish(self, seen: int, publications: Sequence[Publication]) -> list[tuple[Receipt, str] | PushUpError]:
+        """Publish in order; for each the receipt and which run of the server gave it, or the error."""
+        calls = [self.library.store(seen, publication) for publication in publications]
+        replies = await self.call_all(calls, repeatable=lambda at: publications[at].key is not None)
+        return [reply if isinstance(reply, PushUpError) else parse_receipt(reply) for reply in replies]
+
+    async def call_all(self, calls: Sequence[Call], *, repeatable: Callable[[int], bool]) -> list[Any]:
+        """The replies to calls that are sent in one go; for one that failed, its error. Never raises."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self.timeout
+        results: list[Any] = [Unavailable("Redis did not answer in time")] * len(calls)
+        waiting = list(range(len(calls)))
+        pause = PAUSE_S
+        while True:
+            futures: list[asyncio.Future[Any]] = []
+            try:
+                async with asyncio.timeout_at(end):
+                    commands = await self.connect()
+                    futures = [commands.call(calls[at]) for at in waiting]
+                    await asyncio.wait(futures)
+            except TimeoutError:
+                self.reset("it does not answer")  # Which fails what waits for a reply.
+            except NotExecuted as error:
+                for at in waiting:
+                    results[at] = Unavailable(f"cannot reach Redis: {error}")
+            except PushUpError as error:
+                return [error] * len(calls)
+            again: list[int] = []
+            for at, future in zip(waiting, futures, strict=False):
+                try:
+                    results[at] = self._outcome(future, repeatable(at))
+                except NotExecuted as error:
+                    results[at] = Unavailable(f"Redis cannot do this now: {error}")
+                    again.append(at)
+            waiting = again if futures else waiting
+            if not waiting or loop.time() + pause >= end:
+                return results
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, PAUSE_MAX_S)
+
+    def _outcome(self, future: asyncio.Future[Any], repeatable: bool) -> Any:
+        """A reply, or an error that is final. Raises NotExecuted if the call may be repeated."""
+        error = future.exception()
+        if error is None:
+            return future.result()
+        if isinstance(error, Lost):
+            if error.sent and not repeatable:
+                return Unavailable(UNKNOWN)
+            raise NotExecuted(str(error))
+        meaning = translate(str(error))
+        if isinstance(meaning, NotExecuted):
+            # With the next connection the server is looked for, and given the library, anew.
+            self._retire()
+            raise meaning
+        return meaning
+
+    async def _load(self, commands: Commands) -> None:
+        """See to it that the server has our functions, or newer ones."""
+        try:
+            if await commands.call(self.library.version()) >= VERSION:
+                return
+        except ResponseError as error:
+            meaning = translate(str(error))
+            if not (isinstance(meaning, NotExecuted) and meaning.missing):
+                raise meaning from None
+        except Lost as error:
+            raise NotExecuted(str(error)) from None
+        try:
+            await commands.call(LOAD)
+        except ResponseError as error:
+            raise translate(str(error)) from None
+        except Lost as error:
+            raise NotExecuted(str(error)) from None
+        log.info("gave Redis its functions", extra={"server": str(self.address), "version": VERSION})

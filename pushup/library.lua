@@ -1,0 +1,665 @@
+#!lua name=pushup
+
+-- What PushUp does inside Redis, each function atomic. `library.py` has its calls and replies as Python values.
+--
+-- KEYS[1] is the realm, pushup:{NAME}. Everything else it has begins with that and lies in the same cluster slot:
+--   pushup:{NAME}            hash   `last` id given; `realm`; `c:CHANNEL` for every channel (see `Realm` and `Facts`)
+--   pushup:{NAME}:m:CHANNEL  zset   cached messages `[id,["channel",...],data]`, scored by id
+--   pushup:{NAME}:k:KEY      string idempotency key: id and digest of what was published
+--   pushup:{NAME}:names      zset   all channels, by name
+--   pushup:{NAME}:due        zset   all channels, by when to look whether they have expired
+--   pushup:{NAME}:closed     zset   names of closed channels, by the id of their last message
+--   pushup:{NAME}:nodes      hash   what each node last said of itself
+-- and on sharded pub/sub
+--   pushup:{NAME}:a:CHANNEL  `PREV [id,["channel",...],data]`, `closed POSITION`, `made`
+--   pushup:{NAME}:n:NODE     `POSITION FLOOR RUN TOKEN [CHANNEL-IN-HEX TAIL ...]`, answering the node's reads and ticks
+--
+-- The facts of all channels are one key on purpose: a server that evicts keys, or loses some, loses them all together,
+-- and a realm that begins anew tells everyone of a gap.
+--
+-- Numbers are exact doubles (ids stay below 2^53); `text` writes them, as Lua's own form has 14 digits only.
+
+local VERSION = 1
+local SECOND = 1000000
+local DAY = 86400 * SECOND
+local MAX_ID = 9007199254740991
+local NAME_BYTES = 255
+local CLOSED_REMEMBERED = 10000
+local NODE_FORGOTTEN = 60 * SECOND
+local SWEPT_AT_ONCE = 100
+
+local function text(number)
+  return string.format('%.0f', number)
+end
+
+local function clock()
+  local time = redis.call('TIME')
+  return tonumber(time[1]) * SECOND + tonumber(time[2])
+end
+
+-- An id of this server process. A restart and a failover change it, and then writes may have been lost.
+local run
+local function run_id()
+  if not run then
+    local info = redis.pcall('INFO', 'server')
+    if type(info) == 'table' and string.find(tostring(info.err), 'NOPERM') then
+      error('PushUp needs the permission +info to notice a restart')
+    end
+    run = type(info) == 'string' and string.match(info, 'run_id:(%w+)') or 'none'
+  end
+  return run
+end
+
+-- Refusals are raised as tables by whatever finds them, and become Redis errors with a code of their own.
+local function refuse(code, sentence)
+  error({refusal = code .. ' ' .. sentence})
+end
+
+local function guarded(callback)
+  return function(keys, args)
+    local good, result = pcall(callback, keys[1], args)
+    if good then
+      return result
+    end
+    if type(result) == 'table' and result.refusal then
+      return redis.error_reply(result.refusal)
+    end
+    return redis.error_reply(type(result) == 'table' and result.err or tostring(result))
+  end
+end
+
+-- Names and data
+
+local UTF8 = {
+  '[\194-\223][\128-\191]', '\224[\160-\191][\128-\191]', '[\225-\236\238\239][\128-\191][\128-\191]',
+  '\237[\128-\159][\128-\191]', '\240[\144-\191][\128-\191][\128-\191]',
+  '[\241-\243][\128-\191][\128-\191][\128-\191]', '\244[\128-\143][\128-\191][\128-\191]',
+}
+
+local function is_utf8(bytes)
+  if not string.find(bytes, '[\128-\255]') then
+    return true
+  end
+  for _, pattern in ipairs(UTF8) do
+    bytes = string.gsub(bytes, pattern, ' ')
+  end
+  return not string.find(bytes, '[\128-\255]')
+end
+
+local function is_integer(name)
+  return not string.find(name, '%D')
+end
+
+local function check_name(name)
+  if string.find(name, '^%a[%w:_-]*$') and #name <= NAME_BYTES then
+    return
+  end
+  if name == '' or name == '.' or name == '..' then
+    refuse('INVALID', "a channel's name is not empty, '.' or '..'")
+  end
+  if #name > NAME_BYTES then
+    refuse('INVALID', "a channel's name is at most " .. NAME_BYTES .. ' bytes long in UTF-8')
+  end
+  if string.find(name, '[%z\1-\31\127]') or string.find(name, '\194[\128-\159]') then
+    refuse('INVALID', "a channel's name has no control characters")
+  end
+  if not is_utf8(name) then
+    refuse('INVALID', "a channel's name is UTF-8")
+  end
+  if is_integer(name) and (string.sub(name, 1, 1) == '0' or #name > 16 or tonumber(name) > MAX_ID) then
+    refuse('INVALID', 'a name of digits only is an integer channel, between 1 and ' .. text(MAX_ID))
+  end
+end
+
+local function check_data(data, most)
+  if #data > most then
+    refuse('TOOLARGE', 'data is ' .. #data .. ' bytes of JSON; the limit is ' .. text(most))
+  end
+  if not (pcall(cjson.decode, '[' .. data .. ']') and is_utf8(data)) or string.find(data, '^%s*$') then
+    refuse('INVALID', 'data is not valid JSON')
+  end
+  if string.find(data, '[\r\n]') then
+    data = string.gsub(data, '[\r\n]', ' ')
+  end
+  return data
+end
+
+-- Realm: run of the server that wrote last, whether that server keeps every acknowledged write over a restart (1),
+-- the last id given before that run, the floor of all channels, that of channels not known here, the number of channels
+-- and of closed ones remembered; then the defaults: ttl, window, max_messages, idempotency window, whether named
+-- channels come into being by being used, most bytes of a message, most channels of a publication. Times in
+-- microseconds.
+
+local REALM = {'since', 'floor', 'unknown', 'channels', 'closed', 'ttl', 'window', 'max_messages', 'idempotency', 'implicit',
+  'message_bytes', 'publish_channels'}
+
+local function parse_realm(written)
+  local realm = {}
+  local rest
+  realm.run, realm.kept, rest = string.match(written, '^(%w+) (%d) (.*)$')
+  local at = 1
+  for number in string.gmatch(rest, '%d+') do
+    realm[REALM[at]] = tonumber(number)
+    at = at + 1
+  end
+  return realm
+end
+
+local function save_realm(key, realm)
+  local words = {realm.run, realm.kept}
+  for at, field in ipairs(REALM) do
+    words[at + 2] = text(realm[field])
+  end
+  redis.call('HSET', key, 'realm', table.concat(words, ' '))
+end
+
+-- Facts of a channel: id of its last message, kept or not (0: none), floor, id of the oldest message kept (0: none),
+-- ttl, window, max_messages, when it was made, when it expires.
+
+local function parse_facts(written)
+  local tail, bottom, first, ttl, window, most, created, expires =
+    string.match(written, '^(%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+)$')
+  return {tail = tonumber(tail), floor = tonumber(bottom), first = tonumber(first), ttl = tonumber(ttl),
+    window = tonumber(window), max_messages = tonumber(most), created = tonumber(created), expires = tonumber(expires)}
+end
+
+local function show_facts(facts)
+  return string.format('%.0f %.0f %.0f %.0f %.0f %.0f %.0f %.0f', facts.tail, facts.floor, facts.first, facts.ttl,
+    facts.window, facts.max_messages, facts.created, facts.expires)
+end
+
+local function save_facts(key, name, facts)
+  redis.call('HSET', key, 'c:' .. name, show_facts(facts))
+end
+
+-- Some of what was acknowledged may be missing: nobody's cursor from before is good without a gap.
+local function lose(key, realm, now, seen)
+  realm.last = math.max(now, realm.last + 1, seen + 1)
+  realm.since = realm.last
+  realm.floor = realm.last + 1
+  redis.call('HSET', key, 'last', text(realm.last))
+  save_realm(key, realm)
+end
+
+-- The realm as it is now, with the facts of the channels named. `seen` is the highest id the caller knows of: all
+-- cursors it handed out are at most one above. Notices that the store has lost something, before anything else is done.
+local function open(key, seen, names)
+  seen = tonumber(seen) or 0
+  local fields = {'last', 'realm'}
+  for at, name in ipairs(names) do
+    fields[at + 2] = 'c:' .. name
+  end
+  local found = redis.call('HMGET', key, unpack(fields))
+  local now = clock()
+  if seen > now + DAY then
+    refuse('INVALID', 'the id seen lies more than a day ahead of the clock of Redis')
+  end
+  local realm
+  if not found[1] or not found[2] then
+    -- A new realm, or one whose heart was lost.
+    redis.call('DEL', key, key .. ':names', key .. ':due', key .. ':closed')
+    local last = math.max(now, seen + 1)
+    realm = {run = run_id(), kept = '0', since = last, floor = last + 1, unknown = last + 1, channels = 0, closed = 0,
+      ttl = 3600 * SECOND, window = 300 * SECOND, max_messages = 1000, idempotency = 300 * SECOND, implicit = 1,
+      message_bytes = 65536, publish_channels = 100}
+    realm.last = last
+    save_realm(key, realm)
+    redis.call('HSET', key, 'last', text(last))
+    found = {}
+  else
+    realm = parse_realm(found[2])
+    realm.last = tonumber(found[1])
+    local before = realm.run
+    realm.run = run_id()
+    if seen > realm.last or (before ~= realm.run and realm.kept ~= '1') then
+      lose(key, realm, now, seen)
+    elseif before ~= realm.run then
+      realm.since = realm.last
+      save_realm(key, realm)
+    end
+  end
+  local facts = {}
+  for at = 1, #names do
+    facts[at] = found[at + 2] and parse_facts(found[at + 2]) or false
+  end
+  return realm, facts, now
+end
+
+-- An id above every one given so far; none below it is given from now on.
+local function position(key, realm, now)
+  if now > realm.last + 1 then
+    realm.last = now - 1
+    redis.call('HSET', key, 'last', text(realm.last))
+  end
+  return realm.last + 1
+end
+
+local function comes_into_being(realm, name)
+  return realm.implicit == 1 and not is_integer(name)
+end
+
+-- What is below the floor of a channel that is not known here, and the last id it had if that is remembered.
+local function unknown(key, realm, name)
+  if redis.call('ZCARD', key .. ':closed') ~= realm.closed then
+    realm.unknown = realm.last + 1
+    realm.closed = redis.call('ZCARD', key .. ':closed')
+    save_realm(key, realm)
+  end
+  local tail = tonumber(redis.call('ZSCORE', key .. ':closed', name) or 0)
+  return tail, math.max(tail + 1, realm.unknown)
+end
+
+local function add(key, realm, name, now, ttl, window, most)
+  local tail, bottom = unknown(key, realm, name)
+  if tail > 0 then
+    redis.call('ZREM', key .. ':closed', name)
+    realm.closed = realm.closed - 1
+  end
+  redis.call('DEL', key .. ':m:' .. name)
+  local facts = {tail = tail, floor = bottom, first = 0, ttl = ttl or realm.ttl, window = window or realm.window,
+    max_messages = most or realm.max_messages, created = now}
+  facts.expires = now + facts.ttl
+  redis.call('ZADD', key .. ':names', 0, name)
+  redis.call('ZADD', key .. ':due', text(facts.expires), name)
+  realm.channels = realm.channels + 1
+  save_realm(key, realm)
+  return facts
+end
+
+-- Drop messages: those beyond the count, and those with an id below `before`. True if the facts have changed.
+local function trim(key, name, facts, before)
+  local messages = key .. ':m:' .. name
+  local count = redis.call('ZCARD', messages)
+  if count == 0 then
+    -- Redis dropped them: they had expired, or it needed the memory.
+    if facts.first == 0 then
+      return false
+    end
+    facts.floor, facts.first = facts.tail + 1, 0
+    return true
+  end
+  local dropped
+  if count > facts.max_messages then
+    local popped = redis.call('ZPOPMIN', messages, count - facts.max_messages)
+    dropped = tonumber(popped[#popped])
+  end
+  if facts.first < before then
+    local old = redis.call('ZRANGE', messages, '(' .. text(before), '-inf', 'BYSCORE', 'REV', 'LIMIT', 0, 1, 'WITHSCORES')
+    if old[2] then
+      dropped = math.max(dropped or 0, tonumber(old[2]))
+      redis.call('ZREMRANGEBYSCORE', messages, '-inf', old[2])
+    end
+  end
+  local oldest = redis.call('ZRANGE', messages, 0, 0, 'WITHSCORES')
+  local first = oldest[2] and tonumber(oldest[2]) or 0
+  if not dropped and first == facts.first then
+    return false
+  end
+  -- The oldest one kept may have changed without our doing, if the server lost the older ones in some way.
+  facts.floor = math.max(facts.floor, (dropped or 0) + 1)
+  facts.first = first
+  return true
+end
+
+-- Publishing
+
+local function put(key, seen, once, data, names)
+  if #names == 0 then
+    refuse('INVALID', 'a publication names at least one channel')
+  end
+  local distinct, given = {}, names
+  names = {}
+  for _, name in ipairs(given) do
+    check_name(name)
+    if not distinct[name] then
+      distinct[name] = true
+      names[#names + 1] = name
+    end
+  end
+  local realm, facts, now = open(key, seen, names)
+  if #names > realm.publish_channels then
+    refuse('INVALID', 'a publication names at most ' .. text(realm.publish_channels) .. ' channels')
+  end
+  data = check_data(data, realm.message_bytes)
+  local shown = cjson.encode(names)
+  local memo
+  if once ~= '' then
+    memo = redis.sha1hex(shown .. data)
+    local id, digest = string.match(redis.call('GET', key .. ':k:' .. once) or '', '^(%d+) (%x+)$')
+    if id and digest ~= memo then
+      refuse('KEYREUSED', 'the idempotency key was used for a different publication')
+    end
+    if id then
+      return {tonumber(id), 1, realm.run}
+    end
+  end
+  for at, name in ipairs(names) do
+    if not facts[at] and not comes_into_being(realm, name) then
+      refuse('NOCHANNEL', name)
+    end
+  end
+  local id = math.max(now, realm.last + 1)
+  realm.last = id
+  local written = text(id)
+  local message = '[' .. written .. ',' .. shown .. ',' .. data .. ']'
+  local saved = {'last', written}
+  local prevs = {}
+  for at, name in ipairs(names) do
+    local channel = facts[at] or add(key, realm, name, now)
+    local messages = key .. ':m:' .. name
+    redis.call('ZADD', messages, written, message)
+    local count = redis.call('ZCARD', messages)
+    if count == 1 then
+      if channel.first > 0 then
+        channel.floor = channel.tail + 1
+      end
+      channel.first = id
+    end
+    prevs[at] = text(channel.tail)
+    channel.tail = id
+    -- An eighth more than the window, so that old messages go many at once.
+    local before = now - channel.window - math.floor(channel.window / 8)
+    if count > channel.max_messages or channel.first < before then
+      trim(key, name, channel, now - channel.window)
+    end
+    channel.expires = now + channel.ttl
+    redis.call('PEXPIRE', messages, text(math.ceil(channel.window / 1000) + 1000))
+    saved[#saved + 1] = 'c:' .. name
+    saved[#saved + 1] = show_facts(channel)
+  end
+  redis.call('HSET', key, unpack(saved))
+  if memo and realm.idempotency > 0 then
+    redis.call('SET', key .. ':k:' .. once, written .. ' ' .. memo, 'PX', text(math.ceil(realm.idempotency / 1000)))
+  end
+  for at, name in ipairs(names) do
+    redis.call('SPUBLISH', key .. ':a:' .. name, prevs[at] .. ' ' .. message)
+  end
+  return {id, 0, realm.run}
+end
+
+local function from(args, at)
+  local rest = {}
+  for index = at, #args do
+    rest[#rest + 1] = args[index]
+  end
+  return rest
+end
+
+-- DATA CHANNEL [CHANNEL ...] -> id
+local function publish(key, args)
+  return put(key, 0, '', args[1] or '', from(args, 2))[1]
+end
+
+-- KEY DATA CHANNEL [CHANNEL ...] -> id; the same KEY within the idempotency window stores nothing and gets the same id
+local function publish_once(key, args)
+  if (args[1] or '') == '' or #args[1] > 1020 then
+    refuse('INVALID', 'an idempotency key is 1 to 255 characters')
+  end
+  return put(key, 0, args[1], args[2] or '', from(args, 3))[1]
+end
+
+-- SEEN KEY-OR-EMPTY DATA CHANNEL [CHANNEL ...] -> {id, whether it is a duplicate, run}
+local function store(key, args)
+  return put(key, args[1], args[2], args[3], from(args, 4))
+end
+
+-- Channels
+
+local function describe(key, name, facts, now)
+  if trim(key, name, facts, now - facts.window) then
+    save_facts(key, name, facts)
+  end
+  local count = redis.call('ZCARD', key .. ':m:' .. name)
+  return {name, text(facts.created), text(facts.expires), text(facts.ttl), text(facts.window),
+    text(facts.max_messages), count, text(facts.first), text(facts.first > 0 and facts.tail or 0)}
+end
+
+local function known(key, seen, name)
+  check_name(name)
+  local realm, facts, now = open(key, seen, {name})
+  if not facts[1] then
+    refuse('NOCHANNEL', name)
+  end
+  return realm, facts[1], now
+end
+
+local function duration(given)
+  return given ~= '' and tonumber(given) or nil
+end
+
+-- SEEN NAME-OR-EMPTY TTL WINDOW MAX_MESSAGES (microseconds, each may be empty) -> description
+local function create(key, args)
+  local name = args[2]
+  local realm, facts, now = open(key, args[1], {name})
+  if name == '' then
+    realm.last = math.max(now, realm.last + 1)
+    redis.call('HSET', key, 'last', text(realm.last))
+    name = text(realm.last)
+  else
+    check_name(name)
+    if is_integer(name) then
+      refuse('INVALID', 'a name of digits only is an integer channel, and those are handed out')
+    end
+    if facts[1] then
+      refuse('EXISTS', name)
+    end
+  end
+  local channel = add(key, realm, name, now, duration(args[3]), duration(args[4]), duration(args[5]))
+  save_facts(key, name, channel)
+  redis.call('SPUBLISH', key .. ':a:' .. name, 'made')
+  return describe(key, name, channel, now)
+end
+
+-- SEEN NAME TTL-OR-EMPTY -> description
+local function renew(key, args)
+  local realm, facts, now = known(key, args[1], args[2])
+  facts.ttl = duration(args[3]) or facts.ttl
+  facts.expires = now + facts.ttl
+  local due = tonumber(redis.call('ZSCORE', key .. ':due', args[2]) or facts.expires)
+  redis.call('ZADD', key .. ':due', text(math.min(due, facts.expires)), args[2])
+  save_facts(key, args[2], facts)
+  return describe(key, args[2], facts, now)
+end
+
+local function finish(key, realm, name, facts, now)
+  redis.call('DEL', key .. ':m:' .. name)
+  redis.call('HDEL', key, 'c:' .. name)
+  redis.call('ZREM', key .. ':names', name)
+  redis.call('ZREM', key .. ':due', name)
+  realm.channels = realm.channels - 1
+  if facts.tail > 0 and not is_integer(name) then
+    redis.call('ZADD', key .. ':closed', text(facts.tail), name)
+    realm.closed = realm.closed + 1
+    if realm.closed > CLOSED_REMEMBERED then
+      local forgotten = redis.call('ZPOPMIN', key .. ':closed')
+      realm.closed = realm.closed - 1
+      realm.unknown = math.max(realm.unknown, tonumber(forgotten[2]) + 1)
+    end
+  end
+  save_realm(key, realm)
+  redis.call('SPUBLISH', key .. ':a:' .. name, 'closed ' .. text(position(key, realm, now)))
+end
+
+-- SEEN NAME
+local function close(key, args)
+  local realm, facts, now = known(key, args[1], args[2])
+  finish(key, realm, args[2], facts, now)
+  return redis.status_reply('OK')
+end
+
+-- SEEN NAME -> description
+local function look(key, args)
+  local _, facts, now = known(key, args[1], args[2])
+  return describe(key, args[2], facts, now)
+end
+
+-- SEEN AFTER LIMIT -> descriptions, by name
+local function list(key, args)
+  local names = redis.call('ZRANGE', key .. ':names', args[2] == '' and '-' or '(' .. args[2], '+', 'BYLEX', 'LIMIT', 0,
+    args[3])
+  local _, facts, now = open(key, args[1], names)
+  local shown = {}
+  for at, name in ipairs(names) do
+    if facts[at] then
+      shown[#shown + 1] = describe(key, name, facts[at], now)
+    end
+  end
+  return shown
+end
+
+-- For nodes
+
+local function tell(key, node, realm, at, token, more)
+  redis.call('SPUBLISH', key .. ':n:' .. node, text(at) .. ' ' .. text(realm.floor) .. ' ' .. realm.run .. ' ' .. token .. more)
+end
+
+-- SEEN NODE TOKEN [CHANNEL START ...] -> {position, run, for each channel {tail, floor, whole, window, max_messages,
+-- messages} or false if it would have to be created}. What the reply says is complete below the position, and the
+-- node's own channel hears of the position after everything that was announced below it.
+local function read(key, args)
+  local names, starts = {}, {}
+  for at = 4, #args, 2 do
+    names[#names + 1] = args[at]
+    starts[#starts + 1] = tonumber(args[at + 1])
+  end
+  local realm, facts, now = open(key, args[1], names)
+  local histories = {}
+  for at, name in ipairs(names) do
+    local channel = facts[at]
+    if channel then
+      if trim(key, name, channel, now - channel.window) then
+        save_facts(key, name, channel)
+      end
+      local bottom = math.max(channel.floor, realm.floor)
+      local whole = starts[at] <= bottom
+      histories[at] = {text(channel.tail), text(whole and bottom or starts[at]), whole and 1 or 0,
+        text(channel.window), text(channel.max_messages),
+        redis.call('ZRANGE', key .. ':m:' .. name, whole and '-inf' or text(starts[at]), '+inf', 'BYSCORE')}
+    elseif comes_into_being(realm, name) then
+      local tail, bottom = unknown(key, realm, name)
+      histories[at] = {text(tail), text(math.max(bottom, realm.floor)), 1, text(realm.window), text(realm.max_messages), {}}
+    else
+      histories[at] = false
+    end
+  end
+  local at = position(key, realm, now)
+  tell(key, args[2], realm, at, args[3], '')
+  return {text(at), realm.run, histories}
+end
+
+local function restore_indexes(key, realm)
+  local names, due = key .. ':names', key .. ':due'
+  if redis.call('ZCARD', names) == realm.channels and redis.call('ZCARD', due) == realm.channels then
+    return
+  end
+  redis.call('DEL', names, due)
+  realm.channels = 0
+  for _, field in ipairs(redis.call('HKEYS', key)) do
+    if string.sub(field, 1, 2) == 'c:' then
+      redis.call('ZADD', names, 0, string.sub(field, 3))
+      redis.call('ZADD', due, 0, string.sub(field, 3))
+      realm.channels = realm.channels + 1
+    end
+  end
+  save_realm(key, realm)
+end
+
+local function sweep(key, realm, now)
+  local names = redis.call('ZRANGE', key .. ':due', '-inf', text(now), 'BYSCORE', 'LIMIT', 0, SWEPT_AT_ONCE)
+  for _, name in ipairs(names) do
+    local written = redis.call('HGET', key, 'c:' .. name)
+    local facts = written and parse_facts(written)
+    if not facts then
+      redis.call('ZREM', key .. ':due', name)
+    elseif facts.expires <= now then
+      finish(key, realm, name, facts, now)
+    else
+      redis.call('ZADD', key .. ':due', text(facts.expires), name)
+    end
+  end
+end
+
+-- SEEN NODE TOKEN ABOUT [CHANNEL ...] -> {position, run}. The node's heartbeat, and its proof that it hears: its own
+-- channel is told the position, and the tails of the channels named, behind everything that was announced before.
+local function tick(key, args)
+  local audited = from(args, 5)
+  local realm, facts, now = open(key, args[1], audited)
+  if realm.kept == '1' and not string.find(redis.call('INFO', 'replication'), 'connected_slaves:0') then
+    realm.kept = '0'
+    save_realm(key, realm)
+  end
+  redis.call('HSET', key .. ':nodes', args[2], text(now) .. ' ' .. args[4])
+  restore_indexes(key, realm)
+  sweep(key, realm, now)
+  local tails = {''}
+  for at, name in ipairs(audited) do
+    local hex = string.gsub(name, '.', function(byte) return string.format('%02x', string.byte(byte)) end)
+    tails[#tails + 1] = hex .. ' ' .. (facts[at] and text(facts[at].tail) or '0')
+  end
+  local at = position(key, realm, now)
+  tell(key, args[2], realm, at, args[3], table.concat(tails, ' '))
+  return {text(at), realm.run}
+end
+
+-- SEEN RUN SEEN-THERE KEPT TTL WINDOW MAX_MESSAGES IDEMPOTENCY IMPLICIT MESSAGE_BYTES PUBLISH_CHANNELS ->
+-- {position, run}. A node begins, or begins again. RUN is the server process it knew before, and SEEN-THERE the highest
+-- id it knows from there: if that is above the last id before this run, the two served at the same time (a master that
+-- was cut off), and what the other one acknowledged is not here.
+-- KEPT: whether this server keeps every acknowledged write over a restart, and has no replica that could take its place.
+local function attach(key, args)
+  local realm, _, now = open(key, args[1], {})
+  if args[2] ~= '' and args[2] ~= realm.run and tonumber(args[3]) > realm.since then
+    lose(key, realm, now, tonumber(args[1]))
+  end
+  realm.kept = args[4]
+  realm.ttl, realm.window, realm.max_messages = tonumber(args[5]), tonumber(args[6]), tonumber(args[7])
+  realm.idempotency, realm.implicit = tonumber(args[8]), tonumber(args[9])
+  realm.message_bytes, realm.publish_channels = tonumber(args[10]), tonumber(args[11])
+  save_realm(key, realm)
+  return {text(position(key, realm, now)), realm.run}
+end
+
+-- NODE: it has stopped in good order
+local function leave(key, args)
+  return redis.call('HDEL', key .. ':nodes', args[1])
+end
+
+-- -> {now, name, `LAST-HEARD ABOUT`, ...}
+local function nodes(key)
+  local now = clock()
+  local shown = {text(now)}
+  local found = redis.call('HGETALL', key .. ':nodes')
+  for at = 1, #found, 2 do
+    if tonumber(string.match(found[at + 1], '^%d+')) < now - NODE_FORGOTTEN then
+      redis.call('HDEL', key .. ':nodes', found[at])
+    else
+      shown[#shown + 1] = found[at]
+      shown[#shown + 1] = found[at + 1]
+    end
+  end
+  return shown
+end
+
+local function version()
+  return VERSION
+end
+
+-- What only takes memory away, or must work when none is left, may run when the server is out of it.
+local function register(name, callback, flags)
+  redis.register_function({function_name = 'pushup_' .. name, callback = guarded(callback), flags = flags})
+end
+
+register('publish', publish, {})
+register('publish_once', publish_once, {})
+register('store', store, {})
+register('create', create, {})
+register('renew', renew, {'allow-oom'})
+register('close', close, {'allow-oom'})
+register('describe', look, {'allow-oom'})
+register('list', list, {'allow-oom'})
+register('read', read, {'allow-oom'})
+register('tick', tick, {'allow-oom'})
+register('attach', attach, {'allow-oom'})
+register('leave', leave, {'allow-oom'})
+register('nodes', nodes, {'allow-oom'})
+redis.register_function({function_name = 'pushup_version', callback = version, flags = {'no-writes'}})

@@ -1,0 +1,164 @@
+"""One connection to a Redis server: commands are sent ahead, replies come in order, nothing is repeated in secret.
+
+redis-py's connection does what it does well: TCP, TLS, authentication, the protocol. Its clients and pools are left out
+on purpose: they repeat commands and resubscribe by themselves, and then nobody can say what was stored or missed.
+"""
+
+import asyncio
+import logging
+import math
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final, Protocol
+
+from redis.asyncio.connection import AbstractConnection
+from redis.exceptions import RedisError, ResponseError
+
+from pushup.library import Call
+from pushup.servers import explain
+
+log = logging.getLogger("pushup.link")
+
+REPLIES_PER_TURN: Final = 100
+"""After so many the event loop's other work has a turn."""
+
+
+class Lost(Exception):
+    """The connection is gone. `sent`: commands without a reply may have been executed."""
+
+    def __init__(self, reason: str, *, sent: bool = True) -> None:
+        super().__init__(reason)
+        self.sent = sent
+
+
+class Receive(Protocol):
+    """What a link does with each reply; an error reply is a ResponseError."""
+
+    def __call__(self, reply: Any, /) -> None: ...
+
+
+class Link:
+    """An open connection. Whatever ends it, `ended` is called once, with why."""
+
+    def __init__(self, connection: AbstractConnection, receive: Receive, ended: Callable[[str], None]) -> None:
+        self._connection = connection
+        self._receive = receive
+        self._ended = ended
+        self._outgoing: list[Call] = []
+        self._wake = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self.open = False
+
+    async def connect(self) -> None:
+        """Raises Lost, and then nothing was sent."""
+        try:
+            await self._connection.connect()
+        except (RedisError, OSError) as error:
+            await self._connection.disconnect()
+            raise Lost(explain(error), sent=False) from None
+        self.open = True
+        self._tasks = [asyncio.create_task(self._write()), asyncio.create_task(self._read())]
+
+    def send(self, call: Call) -> None:
+        """Send a command, with the others of this turn of the event loop."""
+        self._outgoing.append(call)
+        self._wake.set()
+
+    def end(self, reason: str) -> None:
+        """Close it now. Nothing more is received."""
+        if self.open:
+            self.open = False
+            for task in self._tasks:
+                task.cancel()
+            self._ended(reason)
+
+    async def close(self) -> None:
+        """End it, if it has not ended yet, and return once everything of it is gone."""
+        self.end("closed")
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._connection.disconnect(nowait=True)
+
+    async def _write(self) -> None:
+        connection = self._connection
+        try:
+            while True:
+                await self._wake.wait()
+                self._wake.clear()
+                commands, self._outgoing = self._outgoing, []
+                await connection.send_packed_command(connection.pack_commands(commands), check_health=False)
+        except (RedisError, OSError) as error:
+            self.end(explain(error))
+
+    async def _read(self) -> None:
+        connection = self._connection
+        count = 0
+        try:
+            while True:
+                try:
+                    reply = await connection.read_response(timeout=math.inf, disconnect_on_error=False)
+                except ResponseError as error:
+                    reply = error
+                self._receive(reply)
+                count += 1
+                if count % REPLIES_PER_TURN == 0:
+                    await asyncio.sleep(0)
+        except (RedisError, OSError) as error:
+            self.end(explain(error))
+        except Exception:
+            log.exception("could not deal with a reply of Redis")
+            self.end("a reply could not be dealt with")
+
+
+class Commands:
+    """A link whose commands each get their reply."""
+
+    def __init__(self, connection: AbstractConnection) -> None:
+        self._waiting: deque[asyncio.Future[Any]] = deque()
+        self._link = Link(connection, self._receive, self._ended)
+
+    @property
+    def open(self) -> bool:
+        return self._link.open
+
+    async def connect(self) -> None:
+        """Raises Lost."""
+        await self._link.connect()
+
+    def call(self, call: Call) -> asyncio.Future[Any]:
+        """The reply to come, which may be a ResponseError or Lost. Cancelling it cancels nothing in Redis."""
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        if self._link.open:
+            self._waiting.append(future)
+            self._link.send(call)
+        else:
+            future.set_exception(Lost("the connection is closed", sent=False))
+        return future
+
+    def end(self, reason: str) -> None:
+        """Close it now. Calls without a reply fail."""
+        self._link.end(reason)
+
+    async def close(self) -> None:
+        """Close it, and return once everything of it is gone."""
+        await self._link.close()
+
+    async def retire(self, patience: float) -> None:
+        """Close it once every call has its reply, or the time is up."""
+        if self._waiting:
+            await asyncio.wait(list(self._waiting), timeout=patience)
+        await self._link.close()
+
+    def _receive(self, reply: Any) -> None:
+        future = self._waiting.popleft()
+        if not future.done():
+            if isinstance(reply, ResponseError):
+                future.set_exception(reply)
+            else:
+                future.set_result(reply)
+
+    def _ended(self, reason: str) -> None:
+        waiting, self._waiting = self._waiting, deque()
+        for future in waiting:
+            if not future.done():
+                future.set_exception(Lost(reason))
+                future.exception()  # Seen: whoever waits for it gets it all the same.
