@@ -21,6 +21,7 @@ PushUp {version}, admin listener
 /health/live    200 while the process turns
 /health/ready   200 while it is ready for polls, 503 while it is not
 /metrics        Prometheus metrics
+/nodes          the nodes of this realm, with their load
 """
 
 
@@ -34,7 +35,15 @@ def make_admin_app(node: Node, metrics: Metrics) -> web.Application:
         return _health(True, "the event loop turns")
 
     async def ready(request: web.Request) -> web.Response:
-        return _health(node.ready, "draining" if node.draining else "ready" if node.ready else "starting")
+        return _health(node.ready, node.state)
+
+    async def nodes(request: web.Request) -> web.Response:
+        found = await node.broker.nodes()
+        return web.Response(
+            content_type="application/json",
+            body=msgspec.json.encode({"nodes": found}),
+            headers={"Cache-Control": "no-store"},
+        )
 
     async def metrics_text(request: web.Request) -> web.Response:
         metrics.parked = node.parked
@@ -47,6 +56,7 @@ def make_admin_app(node: Node, metrics: Metrics) -> web.Application:
     app.router.add_get("/health/live", live)
     app.router.add_get("/health/ready", ready)
     app.router.add_get("/metrics", metrics_text)
+    app.router.add_get("/nodes", nodes)
     return app
 
 
@@ -56,6 +66,8 @@ async def _say_errors(
 ) -> web.StreamResponse:
     try:
         return await handler(request)
+    except PushUpError as error:
+        return problem_response(error)
     except web.HTTPException as error:
         response = problem_response(translate(error, request))
         if "Allow" in error.headers:

@@ -6,16 +6,22 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final
+
+import msgspec
 
 from pushup.address import parse_address
 from pushup.errors import PushUpError, SettingsError
 from pushup.logs import configure
-from pushup.server import Server, serve
+from pushup.nodes import fetch_nodes, show_nodes
+from pushup.server import Server, broker_name, serve
 from pushup.settings import ENV_PREFIX, FIELDS, Loaded, Settings, load, show
 from pushup.version import __version__
+from pushup.workers import Workers
 
 EXIT_WRONG_SETTING: Final = 2
 
@@ -71,6 +77,12 @@ def make_parser() -> argparse.ArgumentParser:
             "print the settings in force and where each comes from",
             "Print the settings in force as a TOML file, with where each comes from. Passwords are left out.",
         ),
+        (
+            "nodes",
+            "list the nodes of the realm with their load",
+            "List the nodes of the realm that were heard of in the last minute. Asks the --broker; with memory://, "
+            "which has one node, that node at --admin-listen.",
+        ),
     ):
         sub = commands.add_parser(
             command,
@@ -82,6 +94,8 @@ def make_parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         sub.add_argument("--config", metavar="FILE", help="a TOML file with settings")
+        if command == "nodes":
+            sub.add_argument("--json", action="store_true", help="JSON instead of a table")
         _add_settings(sub)
     return parser
 
@@ -105,23 +119,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     file = parsed["config"] or os.environ.get(f"{ENV_PREFIX}CONFIG")
     try:
         loaded = load(flags, os.environ, Path(file) if file else None)
+        settings = loaded.settings
         if parsed["command"] == "config":
             print_settings(loaded)
+            return 0
+        configure(settings.log_level, settings.log_format)
+        if parsed["command"] == "nodes":
+            print_nodes(settings, as_json=parsed["json"])
+        elif settings.workers > 1:
+            workers = Workers(settings, serve_as_worker)
+            return workers.run(partial(announce_workers, settings, workers.address))
         else:
-            configure(loaded.settings.log_level, loaded.settings.log_format)
-            _run(loaded.settings)
-    except SettingsError as error:
-        print(f"pushup: {error}", file=sys.stderr)
-        return EXIT_WRONG_SETTING
+            _run(settings, announce)
     except PushUpError as error:
-        print(f"pushup: {error}", file=sys.stderr)
-        return 1
+        return _complain(error)
     except (asyncio.CancelledError, KeyboardInterrupt):
         return 1
     return 0
 
 
-def _run(settings: Settings) -> None:
+def serve_as_worker(settings: Settings, ready: "Connection[Any, Any]") -> None:
+    """One of several processes on a port. Whoever minds it hears the admin address once it serves."""
+    configure(settings.log_level, settings.log_format)
+    # Ctrl-C in a terminal goes to the process that minds this one, which passes it on.
+    os.setsid()
+    try:
+        _run(settings, lambda server: ready.send(server.admin_address), shares_port=True)
+    except PushUpError as error:
+        sys.exit(_complain(error))
+    except asyncio.CancelledError:
+        sys.exit(1)
+
+
+def _complain(error: PushUpError) -> int:
+    print(f"pushup: {error}", file=sys.stderr)
+    return EXIT_WRONG_SETTING if isinstance(error, SettingsError) else 1
+
+
+def _run(settings: Settings, announce: Callable[[Server], None], *, shares_port: bool = False) -> None:
     import uvloop
 
     # What is loaded by now stays; a parked poll makes no garbage that only the collector would find.
@@ -129,22 +164,40 @@ def _run(settings: Settings) -> None:
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(serve(settings, announce))
+        runner.run(serve(settings, announce, shares_port=shares_port))
 
 
 def announce(server: Server) -> None:
     """Say where it listens, on which broker, and who may use it."""
-    settings = server.settings
-    url = f"http://{server.address}"
+    _announce(server.settings, server.address, server.admin_address)
+
+
+def announce_workers(settings: Settings, address: str, admin_addresses: Sequence[str]) -> None:
+    """The same for several processes on one port."""
+    _announce(settings, address, ", http://".join(admin_addresses))
+
+
+def _announce(settings: Settings, address: str, admin_address: str) -> None:
+    notes = [f"{settings.workers} processes"] if settings.workers > 1 else []
+    notes += ["demo: open it in a browser"] if settings.demo else []
     beyond = "" if parse_address(settings.listen).loopback else ", from anywhere"
     lines = [
         f"PushUp {__version__}",
-        f"  polls and publications  {url}" + ("  (demo: open it in a browser)" if settings.demo else ""),
-        f"  health and metrics      http://{server.admin_address}",
-        f"  broker                  {server.node.broker.name}",
+        f"  polls and publications  http://{address}" + (f"  ({', '.join(notes)})" if notes else ""),
+        f"  health and metrics      http://{admin_address}",
+        f"  broker                  {broker_name(settings)}",
         f"  access                  open: whoever reaches the port may publish and poll{beyond}",
     ]
     print("\n".join(lines), flush=True)
+
+
+def print_nodes(settings: Settings, *, as_json: bool) -> None:
+    """The nodes of the realm, as a table or as JSON."""
+    nodes, now = asyncio.run(fetch_nodes(settings))
+    if as_json:
+        print(json.dumps({"nodes": msgspec.to_builtins(nodes)}, indent=2))
+    else:
+        print(show_nodes(nodes, now))
 
 
 def print_settings(loaded: Loaded) -> None:

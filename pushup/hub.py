@@ -55,7 +55,7 @@ class Subscription(msgspec.Struct, eq=False):
     """False: it asked not to wait, and is parked only until its channels are known."""
     unknown: int = 0
     latest: int = 0
-    """If it asked for news from now on: an id that is not later than now. `start` is an estimate until all are known."""
+    """If it asked for news from now on: an id not later than now. `start` is an estimate until all are known."""
 
 
 class Channel:
@@ -252,7 +252,8 @@ class Hub:
         if history.whole and floor > max(had.tail + 1, had.floor):
             missed = floor - 1
         if missed < passed:
-            channel.blind = (min(missed, channel.blind[0] or missed), passed)
+            # Of an answer with a message, the cursor was one more.
+            channel.blind = (min(missed, channel.blind[0] or missed), passed + 1)
         if not history.whole and had.floor < floor <= had.tail + 1:
             # Read on from where this node left off: what it had joins what it got.
             messages[:0] = had.range(0, floor - 1)

@@ -212,7 +212,7 @@ class NodeInfo(msgspec.Struct, frozen=True):
     """What a node says of itself with each heartbeat. `started` and `seen` (its last heartbeat) are ids.
 
     `parked` polls, watched `channels` and open `connections` are those of the moment, `publications` made through it
-    and messages in `deliveries` those since it started. `state` is ready, draining or unready.
+    and messages in `deliveries` those since it started. `state` is starting, ready, unready or draining.
     """
 
     name: str

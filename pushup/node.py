@@ -59,6 +59,13 @@ class Node:
         return bool(self._started) and not self.draining and self.broker.ready
 
     @property
+    def state(self) -> str:
+        """In a word: starting, ready, unready (the broker is not heard) or draining."""
+        if self.draining:
+            return "draining"
+        return "ready" if self.ready else "unready" if self._started else "starting"
+
+    @property
     def watched(self) -> int:
         """How many channels this node keeps a backlog of."""
         return len(self._hub)
@@ -181,7 +188,7 @@ class Node:
             address=self.address,
             admin_address=self.admin_address,
             version=__version__,
-            state="draining" if self.draining else "ready" if self.ready else "unready",
+            state=self.state,
             started=self._started or now,
             seen=now,
             parked=self.parked,

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import multiprocessing
 import os
 import re
 import secrets
@@ -24,7 +25,7 @@ from pushup.messages import Retention
 from pushup.metrics import Metrics
 from pushup.node import Node
 from pushup.redis_url import parse_servers
-from pushup.settings import Settings
+from pushup.settings import Settings, show
 from pushup.web import WebConnection, make_app
 
 log = logging.getLogger("pushup.server")
@@ -58,6 +59,11 @@ def make_broker(settings: Settings) -> Broker:
         node=settings.name,
         timeout=settings.broker_timeout,
     )
+
+
+def broker_name(settings: Settings) -> str:
+    """The broker's URL without secrets."""
+    return show("broker", settings.broker)
 
 
 def make_name() -> str:
@@ -180,7 +186,10 @@ def _address(listener: asyncio.Server) -> str:
 
 
 async def serve(settings: Settings, announce: Callable[[Server], None], *, shares_port: bool = False) -> None:
-    """Run until SIGTERM (drains over the drain window) or SIGINT (drains at once); a second signal stops short."""
+    """Run until SIGTERM (drains over the drain window) or SIGINT (drains at once); a second signal stops short.
+
+    As a worker it also drains when the process that minds it is gone.
+    """
     stopping: asyncio.Future[float] = asyncio.get_running_loop().create_future()
     task = asyncio.current_task()
     assert task is not None
@@ -191,7 +200,14 @@ async def serve(settings: Settings, announce: Callable[[Server], None], *, share
         else:
             stopping.set_result(window)
 
+    def orphaned(sentinel: int) -> None:
+        loop.remove_reader(sentinel)
+        stop(settings.drain_window)
+
     loop = asyncio.get_running_loop()
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        loop.add_reader(parent.sentinel, orphaned, parent.sentinel)
     loop.add_signal_handler(signal.SIGTERM, stop, settings.drain_window)
     loop.add_signal_handler(signal.SIGINT, stop, 0.0)
     server = Server(settings, shares_port=shares_port)

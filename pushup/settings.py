@@ -65,10 +65,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         "127.0.0.1:8081"
     )
     broker: Annotated[Url, Meta(description="where messages are kept: memory:// (this process) or Redis")] = "memory://"
-    realm: Annotated[Name, Meta(description="the tenant whose channels this node serves, apart from all others")] = (
-        "default"
-    )
-    name: Annotated[Name, Meta(description="this node in the list of nodes; auto: HOSTNAME and some letters")] = "auto"
+    realm: Annotated[Name, Meta(description="the tenant this node serves, apart from all others")] = "default"
+    name: Annotated[Name, Meta(description="this node in lists; auto is HOSTNAME and some letters")] = "auto"
     workers: Annotated[Count, Meta(description="node processes that share the port; more than one needs Redis")] = 1
     insecure: Annotated[Switch, Meta(description="allow listening beyond this machine although access is open")] = False
     demo: Annotated[Switch, Meta(description="serve the question board at /")] = False

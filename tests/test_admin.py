@@ -29,7 +29,7 @@ async def test_the_index_says_what_there_is() -> None:
         assert index.status == 200
         assert index.headers["content-type"] == "text/plain; charset=utf-8"
         assert index.body.decode().splitlines()[0] == f"PushUp {__version__}, admin listener"
-        assert paths == ["/health/live", "/health/ready", "/metrics"]
+        assert paths == ["/health/live", "/health/ready", "/metrics", "/nodes"]
         for path in paths:
             assert (await client.get(path)).status == 200
 

@@ -272,8 +272,8 @@ def test_the_file_may_be_named_by_a_variable(
             "listen = '8080' (from --listen) is wrong: it must be HOST:PORT, or [HOST]:PORT for IPv6",
         ),
         (
-            ["--broker", "redis://me:secret@there/0"],
-            "broker = 'redis://me:***@there/0' (from --broker) is wrong: this version knows memory:// only",
+            ["--broker", "redis://me:secret@there/x"],
+            "broker = 'redis://me:***@there/x' (from --broker) is wrong: /x is not the number of a database",
         ),
         (["--config", "/nowhere/a.toml"], "cannot read the settings file /nowhere/a.toml: No such file or directory"),
     ],

@@ -11,9 +11,11 @@ ROOT = Path(__file__).parent.parent
 LADDER = {
     "version": (),
     "errors": (),
+    "address": (),
     "messages": ("errors",),
     "backlog": ("messages",),
-    "settings": ("errors", "messages"),
+    "redis_url": ("address",),
+    "settings": ("address", "errors", "messages", "redis_url"),
     "logs": (),
     "metrics": ("errors",),
     "wire": ("errors", "messages", "settings"),
@@ -21,20 +23,43 @@ LADDER = {
     "hub": ("backlog", "errors", "messages"),
     "broker": ("errors", "messages"),
     "memory": ("backlog", "broker", "errors", "messages"),
-    "node": ("broker", "errors", "hub", "messages", "metrics", "settings"),
+    "library": ("errors", "messages"),
+    "servers": ("address", "redis_url"),
+    "link": ("library", "servers"),
+    "caller": ("address", "errors", "library", "link", "messages", "redis_url", "servers"),
+    "redis_broker": ("address", "broker", "caller", "errors", "library", "link", "messages", "redis_url"),
+    "publisher": ("caller", "errors", "library", "messages", "redis_url"),
+    "node": ("broker", "errors", "hub", "messages", "metrics", "settings", "version"),
     "lane": ("errors", "head", "hub", "messages", "node", "wire"),
     "problems": ("errors",),
     "web": ("errors", "lane", "messages", "metrics", "node", "problems", "wire"),
     "admin": ("errors", "metrics", "node", "problems", "version"),
     "demo": (),
-    "server": ("admin", "broker", "demo", "errors", "lane", "memory", "metrics", "node", "settings", "web"),
-    "cli": ("errors", "logs", "server", "settings", "version"),
+    "server": (
+        "address",
+        "admin",
+        "broker",
+        "demo",
+        "errors",
+        "lane",
+        "memory",
+        "messages",
+        "metrics",
+        "node",
+        "redis_broker",
+        "redis_url",
+        "settings",
+        "web",
+    ),
+    "nodes": ("caller", "errors", "library", "messages", "redis_url", "settings"),
+    "workers": ("address", "errors", "settings"),
+    "cli": ("address", "errors", "logs", "nodes", "server", "settings", "version", "workers"),
     "__main__": ("cli",),
-    "__init__": ("version",),
+    "__init__": ("publisher", "version"),
 }
 
 # What no module of these may import, because it must stay free of I/O.
-PURE = {"errors", "messages", "backlog", "hub", "wire", "head", "settings"}
+PURE = {"address", "errors", "messages", "backlog", "hub", "library", "redis_url", "wire", "head", "settings"}
 IMPURE = {"asyncio", "socket", "aiohttp", "time", "threading"}
 
 

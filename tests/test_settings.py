@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
+from pushup.address import Address, parse_address
 from pushup.errors import SettingsError
 from pushup.messages import MAX_ID
-from pushup.settings import FIELDS, Address, Field, Settings, load, parse_address, show
+from pushup.settings import FIELDS, Field, Settings, load, show
 
 SECONDS = "it must be a number of seconds, 0 to 1000000000"
 POSITIVE = "it must be a number of seconds, above 0, up to 1000000000"
@@ -79,7 +80,18 @@ def test_every_setting_is_documented(field: Field) -> None:
     assert 10 < len(field.description) < 70
     assert not field.description.endswith(".")
     assert field.must.startswith("be ")
-    assert field.shown in {"HOST:PORT", "URL", "BOOL", "SECONDS", "FRACTION", "NUMBER", "BYTES", "LEVEL", "FORMAT"}
+    assert field.shown in {
+        "HOST:PORT",
+        "URL",
+        "BOOL",
+        "SECONDS",
+        "FRACTION",
+        "NUMBER",
+        "BYTES",
+        "LEVEL",
+        "FORMAT",
+        "NAME",
+    }
 
 
 @pytest.mark.parametrize(
@@ -138,8 +150,13 @@ def test_switches(text: str, value: bool) -> None:
         ("listen", "127.0.0.1", ADDRESS),
         ("admin_listen", "localhost:http", ADDRESS),
         ("admin_listen", "localhost:65536", "a port is at most 65535"),
-        ("broker", "redis://there", "this version knows memory:// only"),
-        ("broker", "", "this version knows memory:// only"),
+        ("broker", "amqp://there", "it must be memory://, redis://HOST:PORT, redis+sentinel://… or redis+cluster://…"),
+        ("broker", "", "it must be memory://, redis://HOST:PORT, redis+sentinel://… or redis+cluster://…"),
+        ("broker", "redis://a,b", "several servers are redis+sentinel:// or redis+cluster://"),
+        ("realm", "", "it must be 1 to 64 letters, digits, dots, dashes and underscores"),
+        ("realm", "a}b", "it must be 1 to 64 letters, digits, dots, dashes and underscores"),
+        ("name", "a b", "it must be 1 to 64 letters, digits, dots, dashes and underscores"),
+        ("workers", "0", COUNT),
     ],
 )
 def test_wrong_values(name: str, text: str, why: str) -> None:
@@ -381,7 +398,17 @@ def test_values_as_text(name: str, value: Any, shown: str) -> None:
 
 def test_a_password_is_not_in_an_error() -> None:
     """Errors end in logs."""
-    assert "secret" not in refusal({"broker": "redis://me:secret@there"}, {})
+    assert "secret" not in refusal({"broker": "redis://me:secret@there:99999"}, {})
+
+
+def test_several_processes_need_redis() -> None:
+    """Nothing that one process keeps in memory reaches another."""
+    sentence = refusal({"workers": "2"}, {})
+
+    assert sentence == (
+        "workers = 2 (from --workers) is wrong: processes share nothing through memory://; name a --broker"
+    )
+    assert load({"workers": "2", "broker": "redis://there"}, {}).settings.workers == 2
 
 
 def test_settings_are_frozen() -> None:
