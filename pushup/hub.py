@@ -100,6 +100,10 @@ class Channel:
         self.window = 0.0
         self.max_messages = 0
 
+    def gap(self, start: int) -> bool:
+        """Whether a poll from `start` on may have missed something of this channel. O(1)."""
+        return self.backlog.gap(start) or self.blind[0] < start <= self.blind[1]
+
 
 class Read:
     """A channel that the broker must be asked for, from the id `start` on."""
@@ -249,8 +253,8 @@ class Hub:
         passed = self.position if channel.known else channel.passed
         # The first message that this node should have heard of, whether the broker still has it or not.
         missed = next((message.id for message in messages if message.id > had.tail), passed)
-        if history.whole and floor > max(had.tail + 1, had.floor):
-            missed = floor - 1
+        if history.whole and floor > (known_from := max(had.tail + 1, had.floor)):
+            missed = known_from
         if missed < passed:
             # Of an answer with a message, the cursor was one more.
             channel.blind = (min(missed, channel.blind[0] or missed), passed + 1)
@@ -263,7 +267,6 @@ class Hub:
             # A read for older messages, while newer ones went on being delivered.
             for message in had.range(history.tail + 1, MAX_ID):
                 channel.backlog.append(message)
-        channel.known = True
         channel.position = history.position
         early, channel.early = channel.early, []
         for message, prev in early:
@@ -272,6 +275,7 @@ class Hub:
                     self._doubt(channel)
                     return ()
                 channel.backlog.append(message)
+        channel.known = True
         ready = []
         if channel.backlog.tail > had.tail:
             # Read ahead of its announcement, which will not be news any more when it comes.
@@ -494,7 +498,7 @@ class Hub:
             backlog = channel.backlog
             if backlog:
                 self._trim(channel, len(backlog))
-            gap = gap or backlog.gap(start) or channel.blind[0] < start <= channel.blind[1]
+            gap = gap or channel.gap(start)
             if start <= backlog.tail:
                 found += backlog.range(start, end)
         if found:
@@ -555,9 +559,12 @@ class Hub:
         return max(subscription.start, min(self.position, subscription.end + 1))
 
     def _end(self, ended: Iterable[Subscription], reason: str, now: float, *, closed: str | None = None) -> Replies:
-        by_next: dict[int, list[Subscription]] = {}
+        groups: dict[tuple[int, bool], list[Subscription]] = {}
         for subscription in ended:
-            by_next.setdefault(self._next(subscription), []).append(subscription)
-        for subscriptions in by_next.values():
+            gap = subscription in self._held and any(
+                channel.gap(subscription.start) for channel in subscription.channels
+            )
+            groups.setdefault((self._next(subscription), gap), []).append(subscription)
+        for subscriptions in groups.values():
             self._remove(subscriptions, now)
-        return [(Answer((), next, reason, closed=closed), ended) for next, ended in by_next.items()]
+        return [(Answer((), next, reason, gap=gap, closed=closed), ended) for (next, gap), ended in groups.items()]

@@ -22,6 +22,8 @@ log = logging.getLogger("pushup.link")
 REPLIES_PER_TURN: Final = 100
 """After so many the event loop's other work has a turn."""
 
+CANCEL_AGAIN_S: Final = 0.1
+
 
 class Lost(Exception):
     """The connection is gone. `sent`: commands without a reply may have been executed."""
@@ -29,6 +31,14 @@ class Lost(Exception):
     def __init__(self, reason: str, *, sent: bool = True) -> None:
         super().__init__(reason)
         self.sent = sent
+
+
+async def cancel(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel tasks and return once they are done. Asks again: asyncio.wait_for, which redis-py uses, may swallow one."""
+    while waiting := [task for task in tasks if not task.done()]:
+        for task in waiting:
+            task.cancel()
+        await asyncio.wait(waiting, timeout=CANCEL_AGAIN_S)
 
 
 class Receive(Protocol):
@@ -75,13 +85,13 @@ class Link:
     async def close(self) -> None:
         """End it, if it has not ended yet, and return once everything of it is gone."""
         self.end("closed")
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await cancel(*self._tasks)
         await self._connection.disconnect(nowait=True)
 
     async def _write(self) -> None:
         connection = self._connection
         try:
-            while True:
+            while self.open:
                 await self._wake.wait()
                 self._wake.clear()
                 commands, self._outgoing = self._outgoing, []

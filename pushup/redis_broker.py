@@ -37,7 +37,7 @@ from pushup.library import (
     parse_nodes,
     parse_position,
 )
-from pushup.link import Link, Lost
+from pushup.link import Link, Lost, cancel
 from pushup.messages import ChannelInfo, ChannelOptions, History, NodeInfo, Publication, Receipt, Retention
 from pushup.redis_url import Servers
 
@@ -226,8 +226,7 @@ class RedisBroker:
 
     async def stop(self) -> None:
         if self._supervisor is not None:
-            self._supervisor.cancel()
-            await asyncio.gather(self._supervisor, return_exceptions=True)
+            await cancel(self._supervisor)
         await asyncio.gather(*self._publishing)
         if self.sessions:
             with contextlib.suppress(PushUpError):
@@ -263,8 +262,7 @@ class RedisBroker:
             try:
                 return await session.ended
             finally:
-                ticker.cancel()
-                await asyncio.gather(ticker, return_exceptions=True)
+                await cancel(ticker)
         finally:
             if self._session is session:
                 self._session = None
