@@ -1,156 +1,245 @@
-"""HAProxy in front of the nodes: its configuration, start and reload."""
+"""HAProxy: its configuration, and how it is told things while it runs."""
 
+import csv
+import os
+import resource
+import signal
 import socket
 import subprocess
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Final
+from collections.abc import Mapping, Sequence
+from typing import Final, NamedTuple
 
-from cluster.processes import ClusterError, Process, wait_until
+from cluster.errors import ClusterError
+from cluster.processes import HOST, Process, find_programs, wait_until, write_atomically
 
-# Why it is as it is:
-# * A poll is one long request: `timeout client` and `timeout server` must exceed the longest hold (120 s). `timeout
-#   tunnel` is for upgraded connections and does nothing for polls.
-# * A node that is not ready answers 404 to the check: it gets no new clients, and those it has stay. One that drains
-#   answers them itself, spread over its drain window; one that has lost Redis goes on holding them. Only a node that
-#   does not answer at all is down, and then its connections are cut at once, so that clients go elsewhere.
-# * A poll whose node died is sent to another one (`retry-on empty-response`): its cursor makes repeating harmless. The
-#   TCP front has no such thing, and publications must not be repeated.
-TEMPLATE: Final = """\
+START_S: Final = 20.0
+SEE_S: Final = 20.0
+ASK_S: Final = 5.0
+
+PATHS: Final = "/poll /events /ws"
+HTTP_NODES: Final = "nodes"
+TCP_NODES: Final = "nodes-tcp"
+
+DESCRIPTORS_MAX: Final = 100_000
+DESCRIPTORS_SPARE: Final = 500
+"""For listeners, health checks and connections that are kept open."""
+
+HOLD_SPARE_S: Final = 10
+STOP_SPARE_S: Final = 30
+
+CONFIG: Final = """\
+# Made by `python -m cluster`, which makes it anew when nodes come and go.
+
 global
-    stats socket {folder}/haproxy.sock mode 600 level admin expose-fd listeners
-    hard-stop-after 150s
-    maxconn 9000
+    log stdout format raw local0 err
+    # Two descriptors for each client.
+    maxconn {maxconn}
+    stats socket unix@haproxy.sock mode 600 level admin
+    # After a reload the former worker stays until the last of its polls has been answered.
+    hard-stop-after {hard_stop}s
 
 defaults
-    mode http
+    log global
+    option dontlognull
     timeout connect 2s
-    timeout client 130s
-    timeout server 130s
-    timeout http-request 15s
-    timeout http-keep-alive 75s
-    timeout queue 5s
     timeout check 2s
+    # A poll is silent until it is answered, {hold:g} s at most: these two must be longer. `timeout tunnel` has no part in
+    # that, whatever its name suggests: it is for WebSocket, and for TCP once both sides have spoken, see below.
+    timeout client {silence}s
+    timeout server {silence}s
     retries 3
     option redispatch 1
-    option http-keep-alive
-    default-server inter 500ms fall 2 rise 1 on-marked-down shutdown-sessions
+    # A node that does not answer is down, and its polls go to others or their clients hear of it. One that answers 503
+    # is not ready: it gets no new clients, and keeps those it has, because a node that drains answers them in its own
+    # time (L7OKC: the check is passed on condition).
+    default-server check inter 500ms fall 2 rise 1 on-marked-down shutdown-sessions
 
 frontend public
-    bind 127.0.0.1:{public_port}
-    use_backend nodes if {{ path /poll /events /ws }}
-    default_backend application
-
-backend nodes
+    mode http
+    option httplog
+    option log-separate-errors
+    bind {host}:{public}
+    timeout http-request 15s
+    timeout http-keep-alive 60s
+    # After a reload the former worker answers one more request on connections that wait for their next one. It would
+    # close them otherwise, maybe in the moment in which a client sends.
+    option idle-close-on-response
+    option forwardfor
+    # Exactly these: publishing is for back ends.
+    use_backend {http_nodes} if {{ path {paths} }}
+{otherwise}
+backend {http_nodes}
+    mode http
     balance leastconn
-    option httpchk GET /health/ready?otherwise=404
-    http-check disable-on-404
-    retry-on conn-failure empty-response
     option http-no-delay
-{servers}
-
-backend application
-{application}
-
-# As in the paper's evaluation: connections dealt out in turn. The whole API, so for this machine only.
+    # A poll is sent again when its node died with it: harmless, as the cursor says what the client has. `start=latest`
+    # says something else the second time, and would skip what was published in between. Nothing else is repeated,
+    # except where no connection came about.
+    retry-on conn-failure empty-response
+    http-request disable-l7-retry unless METH_GET {{ path /poll }} {{ urlp(start) -m reg ^[0-9]+$ }}
+    timeout tunnel 1h
+{check}{servers}
+{example}
+# The whole API of the nodes, one connection to the next node: for back ends, and for what measures the nodes.
 frontend tcp
     mode tcp
-    bind 127.0.0.1:{tcp_port}
-    default_backend nodes_tcp
+    bind {host}:{tcp}
+    default_backend {tcp_nodes}
 
-backend nodes_tcp
+backend {tcp_nodes}
     mode tcp
     balance roundrobin
-    option httpchk GET /health/ready?otherwise=404
-    http-check disable-on-404
-{servers}
+{check}{servers}"""
+
+CHECK: Final = """\
+    option httpchk GET /health/ready
+    http-check expect status 200 error-status L7OKC
 """
 
-NO_APPLICATION: Final = """\
-    http-request return status 404 content-type text/plain string "Polls go to /poll. There is no application here.\\n"\
+EXAMPLE: Final = """
+backend example
+    mode http
+    option httpchk GET /health
+    server example {host}:{port}
 """
 
-
-class Proxy:
-    """HAProxy as a process, with the configuration it is to have."""
-
-    def __init__(self, process: Process, folder: Path, public_port: int, tcp_port: int) -> None:
-        self.process = process
-        self._folder = folder
-        self._public_port = public_port
-        self._tcp_port = tcp_port
-
-    @staticmethod
-    def make(folder: Path, public_port: int) -> Process:
-        """The process, not started."""
-        master = folder / "haproxy-master.sock"
-        return Process(
-            name="haproxy",
-            kind="proxy",
-            command=["haproxy", "-W", "-S", str(master), "-f", str(folder / "haproxy.cfg")],
-            log=str(folder / "haproxy.log"),
-            address=f"127.0.0.1:{public_port}",
-        )
-
-    def configure(self, nodes: Sequence[Process], application: str) -> None:
-        """Write the configuration. Raises ClusterError if HAProxy would not have it."""
-        config = self._folder / "haproxy.cfg"
-        config.write_text(render(self._folder, self._public_port, self._tcp_port, nodes, application))
-        checked = subprocess.run(["haproxy", "-c", "-q", "-f", config], capture_output=True, text=True, check=False)
-        if checked.returncode:
-            raise ClusterError(f"HAProxy does not accept its configuration: {checked.stderr.strip()}")
-
-    def start(self, nodes: Sequence[Process]) -> None:
-        """Start it, and wait until it sees these nodes."""
-        self.process.start()
-        self.process.wait_ready(lambda: self.sees(nodes))
-
-    def reload(self, nodes: Sequence[Process]) -> None:
-        """Have the configuration read anew, without losing a connection, and wait until it sees these nodes."""
-        before = self._workers()
-        self._ask("haproxy-master.sock", "reload")
-        wait_until(lambda: not before & self._workers() and self.sees(nodes), "HAProxy has reloaded")
-
-    def sees(self, nodes: Sequence[Process]) -> bool:
-        """Whether these nodes, and no others, get new clients."""
-        rows = [line.split(",") for line in self._ask("haproxy.sock", "show stat").splitlines()]
-        up = {row[1] for row in rows if row[0] == "nodes" and len(row) > 17 and row[17] in ("UP", "UP 1/2")}
-        up -= {"BACKEND", "FRONTEND"}
-        return up == {node.name for node in nodes}
-
-    def states(self) -> dict[str, str]:
-        """What it thinks of each node, by name: UP, DOWN, NOLB (no new clients)..."""
-        rows = [line.split(",") for line in self._ask("haproxy.sock", "show stat").splitlines()]
-        return {row[1]: row[17] for row in rows if row[0] == "nodes" and len(row) > 17 and row[1] != "BACKEND"}
-
-    def _workers(self) -> set[str]:
-        """The pids of the workers that serve, without those that only finish what they have."""
-        current = self._ask("haproxy-master.sock", "show proc").partition("# old workers")[0]
-        return {line.split()[0] for line in current.splitlines() if line[:1].isdigit() and " worker " in line}
-
-    def _ask(self, name: str, command: str) -> str:
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(2.0)
-            try:
-                connection.connect(str(self._folder / name))
-                connection.sendall(f"{command}\n".encode())
-                answer = b""
-                while more := connection.recv(65536):
-                    answer += more
-            except OSError:
-                return ""
-            return answer.decode()
+NO_EXAMPLE: Final = (
+    "HAProxy sends /poll, /events and /ws to the nodes. There is nothing else here: this cluster was started without "
+    "--example. The nodes' whole API, publishing included, is at http://{host}:{tcp}"
+)
 
 
-def render(folder: Path, public_port: int, tcp_port: int, nodes: Sequence[Process], application: str) -> str:
-    """The configuration. `application` is HOST:PORT of the example web application, or empty."""
-    servers = [
-        f"    server {node.name} {node.address} check port {node.admin_address.rpartition(':')[2]}" for node in nodes
-    ]
-    return TEMPLATE.format(
-        folder=folder,
-        public_port=public_port,
-        tcp_port=tcp_port,
-        servers="\n".join(servers),
-        application=f"    server application {application} check" if application else NO_APPLICATION,
+class Server(NamedTuple):
+    """A node as HAProxy knows it. Its health is checked on another port."""
+
+    name: str
+    port: int
+    check_port: int
+
+
+def render(public: int, tcp: int, servers: Sequence[Server], example: int, hold_s: float, descriptors: int) -> str:
+    """The configuration, from ports (`example`: 0 for none) and the longest time a poll may be held."""
+    if example:
+        otherwise = "    default_backend example\n"
+    else:
+        text = NO_EXAMPLE.format(host=HOST, tcp=tcp)
+        unless = f"unless {{ path {PATHS} }}"
+        otherwise = f'    http-request return status 404 content-type text/plain string "{text}\\n" {unless}\n'
+    lines = [f"    server {server.name} {HOST}:{server.port} port {server.check_port}\n" for server in servers]
+    silence = int(hold_s) + HOLD_SPARE_S
+    return CONFIG.format(
+        maxconn=max((min(descriptors, DESCRIPTORS_MAX) - DESCRIPTORS_SPARE) // 2, 100),
+        hold=hold_s,
+        silence=silence,
+        hard_stop=silence + STOP_SPARE_S - HOLD_SPARE_S,
+        host=HOST,
+        public=public,
+        tcp=tcp,
+        paths=PATHS,
+        http_nodes=HTTP_NODES,
+        tcp_nodes=TCP_NODES,
+        otherwise=otherwise,
+        example=EXAMPLE.format(host=HOST, port=example) if example else "",
+        check=CHECK,
+        servers="".join(lines),
     )
+
+
+class Proxy(Process):
+    """HAProxy, master and workers. A reload leaves the former worker with the clients it has, until it is done."""
+
+    def configure(self, public: int, tcp: int, servers: Sequence[Server], example: int, hold_s: float) -> None:
+        """Make the configuration and let the running HAProxy take it over; start it if it does not run.
+
+        Returns when a worker with this configuration serves. Raises ClusterError.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        text = render(public, tcp, servers, example, hold_s, descriptors)
+        write_atomically(self.directory / "haproxy.cfg", text.encode())
+        self.reload()
+
+    def reload(self) -> None:
+        """Read the configuration again, or start. Returns when the new worker serves. Raises ClusterError."""
+        (program,) = find_programs("haproxy")
+        checked = subprocess.run(
+            [program, "-c", "-f", "haproxy.cfg"],
+            cwd=self.directory,
+            capture_output=True,
+            text=True,
+            timeout=START_S,
+            check=False,
+        )
+        if checked.returncode:
+            raise ClusterError(f"HAProxy refuses its configuration: {checked.stdout}{checked.stderr}")
+        former = self._worker()
+        if self.alive:
+            self.tell(signal.SIGUSR2)
+        else:
+            # Master and workers, in the foreground of a session of their own. Sockets have relative paths, as those
+            # of state directories may be too long for them.
+            self.launch([program, "-W", "-S", "unix@master.sock,mode,600", "-f", "haproxy.cfg"])
+        self.expect(lambda: self._worker() not in ("", former), START_S, "serving")
+
+    def expect_up(self, names: Sequence[str]) -> None:
+        """Wait until it has found these nodes ready. Raises ClusterError."""
+
+        def up() -> bool:
+            seen = self.servers()
+            return all(seen.get((backend, name)) == "up" for backend in (HTTP_NODES, TCP_NODES) for name in names)
+
+        self.expect(up, SEE_S, f"aware of {', '.join(names)}")
+
+    def servers(self) -> Mapping[tuple[str, str], str]:
+        """What it thinks of each server, by backend and name: up, down, drain, nolb (not ready), unchecked."""
+        rows = csv.DictReader(self.ask("show stat").removeprefix("# ").splitlines())
+        return {
+            (row["pxname"], row["svname"]): row["status"].split()[0].lower() if row["check_status"] else "unchecked"
+            for row in rows
+            if row["svname"] not in ("FRONTEND", "BACKEND")
+        }
+
+    def drain(self, name: str) -> None:
+        """Send no new clients to this node. Those it has stay.
+
+        Told to former workers too: they have clients that may come back to them once more, and check no health.
+        """
+        commands = [f"set server {backend}/{name} state drain" for backend in (HTTP_NODES, TCP_NODES)]
+        for worker in self._workers():
+            self.ask("; ".join(f"@!{worker} {command}" for command in commands), "master.sock")
+
+    def ask(self, command: str, where: str = "haproxy.sock") -> str:
+        """What it says to a command on one of its sockets; nothing if it does not answer."""
+        try:
+            directory = os.open(self.directory, os.O_RDONLY)
+        except OSError:
+            return ""
+        try:
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.settimeout(ASK_S)
+                # A path of a socket has 108 bytes at most.
+                connection.connect(f"/proc/self/fd/{directory}/{where}")
+                connection.sendall(f"{command}\n".encode())
+                connection.shutdown(socket.SHUT_WR)
+                with connection.makefile("rb") as reader:
+                    return reader.read().decode(errors="replace")
+        except OSError:
+            return ""
+        finally:
+            os.close(directory)
+
+    def _worker(self) -> str:
+        """The pid of the worker that serves; empty if there is none."""
+        said = self.ask("show info")
+        return next((line[5:] for line in said.splitlines() if line.startswith("Pid: ")), "")
+
+    def _workers(self) -> Sequence[str]:
+        """The pids of all workers, former ones included."""
+        rows = [line.split() for line in self.ask("show proc", "master.sock").splitlines()]
+        return [row[0] for row in rows if len(row) > 1 and row[1] == "worker"]
+
+
+def quiet(proxy: Proxy, patience_s: float) -> bool:
+    """Soft stop: listen no more. Whether the last client has gone in time."""
+    proxy.tell(signal.SIGUSR1)
+    return wait_until(lambda: not proxy.alive, patience_s)

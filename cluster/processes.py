@@ -261,7 +261,7 @@ def _state_of(life: _Life) -> str:
     """The state of this process, empty if it has ended."""
     child = _children.get(life.pid)
     if child is not None and child.poll() is not None:
-        del _children[life.pid]
+        _children.pop(life.pid, None)
     state, started = _look(life.pid)
     # A zombie has ended. Where nobody reaps orphans, as in many a container, it stays for ever.
     return state if started == life.started and state not in "ZX" and life.boot == _boot() else ""

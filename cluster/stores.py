@@ -1,189 +1,214 @@
-"""Redis for a cluster: one server, a master with replicas under Sentinel, or a Redis Cluster.
+"""Redis: one server, a master with replicas under Sentinel, or a Redis Cluster."""
 
-Every server writes each change to disk before it answers (`appendfsync always`): a publication that was acknowledged
-survives the end of the process, and a restart can prove that nothing was lost.
-"""
-
-import shutil
+import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, Literal, NamedTuple
 
-import redis
+from redis import Redis
 from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
 from redis.retry import Retry
 
-from cluster.processes import ClusterError, Process, free_ports, wait_until
+from cluster.errors import ClusterError, Refused
+from cluster.processes import HOST, Process, find_programs, stop, wait_until
 
-KINDS: Final = ("standalone", "sentinel", "cluster")
+Kind = Literal["standalone", "sentinel", "cluster"]
+Role = Literal["master", "replica", "down"]
+
+
+class Size(NamedTuple):
+    """How many servers a kind of store has."""
+
+    stores: int
+    sentinels: int
+
+
+SIZES: Final[dict[Kind, Size]] = {"standalone": Size(1, 0), "sentinel": Size(3, 3), "cluster": Size(6, 0)}
+
 SERVICE: Final = "pushup"
-"""What Sentinel calls the master."""
+"""What the sentinels call the master they watch."""
 
-SERVER: Final = """\
+MASTERS: Final = 3
+REDIS_MAJOR: Final = 7
+ASK_S: Final = 2.0
+START_S: Final = 30.0
+FORM_S: Final = 30.0
+STOP_S: Final = 15.0
+
+CONFIG: Final = """\
+bind {host}
 port {port}
-bind 127.0.0.1
-dir {folder}
-save ""
+# A publication is acknowledged when it is on disk, so that a restart can prove that it lost nothing.
 appendonly yes
 appendfsync always
+save ""
+# Full: publications are refused, rather than messages dropped that somebody has not read yet.
 maxmemory-policy noeviction
+# A node that reads announcements too slowly is cut off, and catches up from what is stored.
 client-output-buffer-limit pubsub 64mb 32mb 30
-"""
-
-REPLICATED: Final = """\
+# Replicas are there from the start, not after five seconds.
 repl-diskless-sync-delay 0
-repl-ping-replica-period 1
 """
 
-# A master that was cut off must not go on acknowledging what its successor will never know of.
-SENTINEL_SERVER: Final = f"""{REPLICATED}\
+SENTINEL_STORE: Final = """\
+# A master cut off from its replicas takes no publication that the next master would not know of.
 min-replicas-to-write 1
-min-replicas-max-lag 3
+min-replicas-max-lag 2
 """
 
-CLUSTER_SERVER: Final = f"""{REPLICATED}\
+CLUSTER_STORE: Final = """\
 cluster-enabled yes
+cluster-config-file nodes.conf
 cluster-node-timeout 2000
-cluster-replica-validity-factor 0
+cluster-port {bus_port}
 """
 
-SENTINEL: Final = """\
+SENTINEL_CONFIG: Final = """\
+bind {host}
 port {port}
-bind 127.0.0.1
-dir {folder}
-sentinel monitor {service} 127.0.0.1 {master} 2
+sentinel monitor {service} {host} {master} 2
 sentinel down-after-milliseconds {service} 1000
-sentinel failover-timeout {service} 5000
-sentinel parallel-syncs {service} 2
+sentinel failover-timeout {service} 3000
+sentinel parallel-syncs {service} 1
 """
 
 
-def make_stores(kind: str, state: Path) -> tuple[list[Process], list[Process], str]:
-    """Servers, sentinels, and the broker's URL; configured, not started."""
-    if kind == "standalone":
-        (port,) = free_ports(1)
-        return [_server("redis1", port, state, "")], [], f"redis://127.0.0.1:{port}"
-    if kind == "sentinel":
-        ports = free_ports(6)
-        master = ports[0]
-        servers = [_server("redis1", master, state, SENTINEL_SERVER)]
-        for number, port in enumerate(ports[1:3], 2):
-            servers.append(_server(f"redis{number}", port, state, f"{SENTINEL_SERVER}replicaof 127.0.0.1 {master}\n"))
-        sentinels = [_sentinel(f"sentinel{number}", port, master, state) for number, port in enumerate(ports[3:], 1)]
-        addresses = ",".join(sentinel.address for sentinel in sentinels)
-        return servers, sentinels, f"redis+sentinel://{addresses}/{SERVICE}"
-    if kind == "cluster":
-        servers = [
-            _server(f"redis{number}", port, state, CLUSTER_SERVER) for number, port in enumerate(free_ports(6), 1)
-        ]
-        return servers, [], f"redis+cluster://{','.join(server.address for server in servers)}"
-    raise ClusterError(f"{kind} is not a kind of store; it is one of {', '.join(KINDS)}")
-
-
-def start_stores(kind: str, servers: Sequence[Process], sentinels: Sequence[Process]) -> None:
-    """Start them, and wait until they are one store. Raises ClusterError."""
-    for server in servers:
-        start_store(server)
-    for sentinel in sentinels:
-        start_store(sentinel)
-    if kind == "sentinel":
-        replicas, others = len(servers) - 1, len(sentinels) - 1
-        wait_until(lambda: all(_sees_all(one, replicas, others) for one in sentinels), "the sentinels see everybody")
-    elif kind == "cluster":
-        addresses = [server.address for server in servers]
-        command = ["redis-cli", "--cluster", "create", *addresses, "--cluster-replicas", "1", "--cluster-yes"]
-        made = subprocess.run(command, capture_output=True, text=True, check=False)
-        if made.returncode:
-            raise ClusterError(f"the Redis Cluster could not be made: {made.stdout[-500:]}{made.stderr}")
-        wait_until(lambda: all(_has_joined(server) for server in servers), "the servers are one cluster")
-        wait_until(lambda: all(_is_synced(server) for server in servers), "the replicas are in step")
-
-
-def start_store(server: Process) -> None:
-    """Start one server and wait until it answers. Raises ClusterError."""
-    server.start()
-    server.wait_ready(lambda: _ask(server, "PING") in ("True", "PONG"))
-
-
-def empty(server: Process) -> None:
-    """Take away what a stopped server had on disk."""
-    shutil.rmtree(server.folder, ignore_errors=True)
-    Path(server.folder).mkdir(parents=True)
-
-
-def role(server: Process) -> str:
-    """master or replica; empty if it does not answer."""
-    answer = _ask(server, "INFO", "replication")
-    return "master" if "'role': 'master'" in answer else "replica" if "'role': 'slave'" in answer else ""
-
-
-def owner(servers: Sequence[Process], key: str) -> Process:
-    """The master that owns a key's slot in a Redis Cluster; elsewhere, the master."""
-    masters = [server for server in servers if server.alive and role(server) == "master"]
-    if len(masters) == 1:
-        return masters[0]
-    for master in masters:
-        if _ask(master, "EXISTS", key) in ("0", "1"):
-            return master
-    raise ClusterError(f"no server owns {key}")
-
-
-def _ask(server: Process, *words: str) -> str:
-    """The answer as text, or the error."""
-    client = redis.Redis(
-        port=server.port,
-        socket_timeout=1.0,
-        socket_connect_timeout=1.0,
-        retry=Retry(NoBackoff(), 0),
-        decode_responses=True,
-    )
+def ask(address: str, *command: str) -> Any:
+    """A Redis server's reply to one command; None if it does not answer, or answers with an error."""
+    host, _, port = address.rpartition(":")
     try:
-        return str(client.execute_command(*words))
-    except redis.RedisError as error:
-        return f"error: {error}"
-    finally:
-        client.close()
+        with Redis(
+            host,
+            int(port),
+            socket_timeout=ASK_S,
+            socket_connect_timeout=ASK_S,
+            retry=Retry(NoBackoff(), 0),
+            decode_responses=True,
+        ) as redis:
+            return redis.execute_command(*command)
+    except RedisError:
+        return None
+
+
+class Store(Process):
+    """A Redis server that holds messages."""
+
+    def start(self) -> None:
+        """Start it as its configuration file says, and wait until it answers, its append-only file loaded."""
+        (program,) = find_programs("redis-server")
+        self.launch([program, "redis.conf"])
+        self.expect(lambda: bool(ask(self.address, "PING")), START_S)
+
+    def restart(self, empty: bool = False) -> None:
+        """Start it after it was killed, as what it was; `empty`: without the data it had.
+
+        Sentinel's and the cluster's own changes to its configuration are kept, so a master that was replaced comes
+        back as a replica, under Sentinel after some seconds.
+        """
+        stop([self], signal.SIGTERM, STOP_S)
+        if empty:
+            # Not nodes.conf: without it a cluster's server would be a stranger.
+            for path in [*self.directory.glob("appendonlydir/*"), *self.directory.glob("*.rdb")]:
+                path.unlink()
+        self.start()
+
+    def role(self) -> Role:
+        """What it says it is; "down" if it does not answer."""
+        reply = ask(self.address, "ROLE")
+        if not reply:
+            return "down"
+        return "master" if reply[0] == "master" else "replica"
+
+    def follows(self) -> bool:
+        """Whether it is a replica in touch with its master."""
+        facts = ask(self.address, "INFO", "replication") or {}
+        return facts.get("role") == "slave" and facts.get("master_link_status") == "up"
+
+
+def check_version() -> None:
+    """Raises Refused if Redis is missing or too old."""
+    (program,) = find_programs("redis-server")
+    said = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=START_S, check=False).stdout
+    version = next((word[2:] for word in said.split() if word.startswith("v=")), "")
+    if not version or int(version.split(".")[0]) < REDIS_MAJOR:
+        raise Refused(f"{program} is version {version or 'unknown'}; PushUp needs Redis {REDIS_MAJOR} or newer")
+
+
+def broker_url(kind: Kind, stores: Sequence[str], sentinels: Sequence[str]) -> str:
+    """The URL that nodes and publishers use, from the addresses of the servers."""
+    if kind == "sentinel":
+        return f"redis+sentinel://{','.join(sentinels)}/{SERVICE}"
+    # All servers of a cluster, as any of them may be down and each knows the others.
+    return f"redis{'+cluster' if kind == 'cluster' else ''}://{','.join(stores)}"
+
+
+def start_stores(kind: Kind, stores: Sequence[Store], bus_ports: Sequence[int], sentinels: Sequence[Process]) -> None:
+    """Start servers that are new, and return when they are what they shall be. The first one is a master."""
+    for index, store in enumerate(stores):
+        config = CONFIG.format(host=HOST, port=_port(store))
+        if kind == "sentinel":
+            config += SENTINEL_STORE + (f"replicaof {HOST} {_port(stores[0])}\n" if index else "")
+        elif kind == "cluster":
+            config += CLUSTER_STORE.format(bus_port=bus_ports[index])
+        _configure(store, config)
+        store.start()
+    if kind == "sentinel":
+        _watch(stores, sentinels)
+    elif kind == "cluster":
+        _join(stores)
+
+
+def _watch(stores: Sequence[Store], sentinels: Sequence[Process]) -> None:
+    """Start the sentinels once there is something to see, and wait until all of them see it."""
+    master, *replicas = stores
+    for replica in replicas:
+        replica.expect(replica.follows, FORM_S, "in touch with its master")
+    (program,) = find_programs("redis-server")
+    for sentinel in sentinels:
+        _configure(sentinel, SENTINEL_CONFIG.format(host=HOST, port=_port(sentinel), master=_port(master), service=SERVICE))
+        sentinel.launch([program, "redis.conf", "--sentinel"])
+    for sentinel in sentinels:
+        sentinel.expect(lambda: _sees_all(sentinel, len(replicas), len(sentinels) - 1), FORM_S, "aware of all others")
 
 
 def _sees_all(sentinel: Process, replicas: int, others: int) -> bool:
-    answer = _ask(sentinel, "SENTINEL", "MASTER", SERVICE)
-    expected = {"num-slaves": replicas, "num-other-sentinels": others}
-    return all(f"'{name}': '{count}'" in answer or f"'{name}': {count}," in answer for name, count in expected.items())
+    reply = ask(sentinel.address, "SENTINEL", "MASTER", SERVICE)
+    return bool(reply) and (int(reply["num-slaves"]), int(reply["num-other-sentinels"])) == (replicas, others)
 
 
-def _has_joined(server: Process) -> bool:
-    return "'cluster_state': 'ok'" in _ask(server, "CLUSTER", "INFO")
-
-
-def _is_synced(server: Process) -> bool:
-    answer = _ask(server, "INFO", "replication")
-    return "'role': 'master'" in answer or "'master_link_status': 'up'" in answer
-
-
-def _server(name: str, port: int, state: Path, more: str) -> Process:
-    folder = state / name
-    config = state / f"{name}.conf"
-    config.write_text(SERVER.format(port=port, folder=folder) + more)
-    return Process(
-        name=name,
-        kind="store",
-        command=["redis-server", str(config)],
-        log=str(state / f"{name}.log"),
-        address=f"127.0.0.1:{port}",
-        folder=str(folder),
+def _join(stores: Sequence[Store]) -> None:
+    """Make servers that know nothing of each other a cluster."""
+    (program,) = find_programs("redis-cli")
+    addresses = [store.address for store in stores]
+    replicas = len(stores) // MASTERS - 1
+    created = subprocess.run(
+        [program, "--cluster", "create", *addresses, "--cluster-replicas", str(replicas), "--cluster-yes"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=FORM_S,
+        check=False,
     )
+    if created.returncode:
+        raise ClusterError(f"redis-cli made no cluster: {created.stdout.strip()} {created.stderr.strip()}")
+    for store in stores:
+        store.expect(lambda: _is_member(store, len(stores)), FORM_S, "a member of the cluster")
+    # Any of them may have become a replica.
+    if not wait_until(lambda: sum(store.follows() for store in stores) == len(stores) - MASTERS, FORM_S):
+        raise ClusterError(f"the replicas of the Redis Cluster are not in touch with their masters after {FORM_S:g} s")
 
 
-def _sentinel(name: str, port: int, master: int, state: Path) -> Process:
-    folder = state / name
-    config = state / f"{name}.conf"
-    config.write_text(SENTINEL.format(port=port, folder=folder, service=SERVICE, master=master))
-    return Process(
-        name=name,
-        kind="sentinel",
-        command=["redis-sentinel", str(config)],
-        log=str(state / f"{name}.log"),
-        address=f"127.0.0.1:{port}",
-        folder=str(folder),
-    )
+def _is_member(store: Store, size: int) -> bool:
+    facts = ask(store.address, "CLUSTER", "INFO") or {}
+    return facts.get("cluster_state") == "ok" and int(facts["cluster_known_nodes"]) == size
+
+
+def _configure(server: Process, config: str) -> None:
+    server.directory.mkdir(parents=True, exist_ok=True)
+    Path(server.directory, "redis.conf").write_text(config)
+
+
+def _port(server: Process) -> int:
+    return int(server.address.rpartition(":")[2])
