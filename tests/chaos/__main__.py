@@ -6,13 +6,14 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import uvloop
 
-from tests.chaos.faults import FAULTS, Fault, hosting, temporary_state
+from tests.chaos.faults import FAULTS, Fault, hosting
 from tests.chaos.report import REPORT, keep, render
 from tests.chaos.trial import Plan, Result, run
 
@@ -74,7 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(fault: Fault, plan: Plan, seed: int) -> Result:
-    state = temporary_state()
+    directory = Path(tempfile.mkdtemp(prefix="pushup-chaos-"))
+    state = directory / "cluster"
     with hosting(fault, plan.nodes, state) as service, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         result = runner.run(
             run(
@@ -87,10 +89,12 @@ def _run(fault: Fault, plan: Plan, seed: int) -> Result:
                 say=lambda line: print(f"  {line}", flush=True),
             )
         )
+        if not result.good and state.exists():
+            for log in state.glob("*.log"):
+                shutil.copy(log, directory)
+            print(f"  logs are kept in {directory}", flush=True)
     if result.good:
-        shutil.rmtree(state)
-    else:
-        print(f"  logs are kept in {state}", flush=True)
+        directory.rmdir()
     return result
 
 

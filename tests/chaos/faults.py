@@ -6,16 +6,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
-from cluster import Cluster
 from redis import Redis
 from redis.exceptions import RedisError
 
+from cluster import Cluster, ClusterError
 from tests.chaos.client import NoAnswer, NotSent, Server
 from tests.chaos.trial import FaultFailed, Scene, Service
 
@@ -28,9 +28,10 @@ NODE_PAUSE_S: Final = 10.0
 REDIS_PAUSE_S: Final = 5.0
 RESETS: Final = 4
 RELOADS: Final = 3
+DEAF_S: Final = 1.0
+DEAF: Final = "Every other time"
 CUT_SHARE: Final = 0.3
 CUT_S: Final = 6.0
-REALM: Final = "pushup:{default}"
 
 SETTINGS: Final[Mapping[str, str]] = {
     "channel_window": "600",
@@ -61,14 +62,14 @@ class Fault:
 def hosting(fault: Fault, nodes: int, state: Path) -> Iterator[Service]:
     """The service that the fault needs, running; its logs are in `state`."""
     if fault.store == "memory":
-        with _one_node(state) as service:
+        with _one_node() as service:
             yield service
         return
     cluster = Cluster.up(state, nodes=fault.start or nodes, store=fault.store, settings=SETTINGS)
     try:
         yield cluster
     finally:
-        cluster.down()
+        cluster.down(at_once=True)
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,11 @@ class _OneNode:
 
 
 @contextmanager
-def _one_node(state: Path) -> Iterator[Service]:
+def _one_node() -> Iterator[Service]:
     settings = {**SETTINGS, "listen": f"{HOST}:0", "admin_listen": f"{HOST}:0", "drain_window": "0"}
     flags = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", value)]
     with (
-        (state / "node.log").open("wb") as log,
+        tempfile.TemporaryFile() as log,
         subprocess.Popen(
             [sys.executable, "-m", "pushup", "serve", *flags], stdout=subprocess.PIPE, stderr=log, text=True
         ) as process,
@@ -107,7 +108,8 @@ def _one_node(state: Path) -> Iterator[Service]:
             announced = "".join(process.stdout.readline() for _ in range(5))
             found = re.search(r"publications +http://(\S+)", announced)
             if found is None:
-                raise FaultFailed(f"the node did not start; see {log.name}")
+                log.seek(0)
+                raise FaultFailed(f"the node did not start: {log.read().decode()}")
             yield _OneNode(found[1])
         finally:
             process.terminate()
@@ -187,39 +189,48 @@ async def restart_redis(scene: Scene, cluster: Cluster) -> None:
 
 
 async def empty_redis(scene: Scene, cluster: Cluster) -> None:
+    """Every other time the nodes are deaf before, or they would still deliver from memory what Redis has lost."""
     since = _now_id()
-    await _blocking(cluster.stores[0].kill)
+    store = cluster.stores[0]
+    async with _deaf(scene, cluster, store.address):
+        await _blocking(store.kill)
     await asyncio.sleep(scene.rng.uniform(0.1, 1.0))
-    await _blocking(lambda: cluster.stores[0].restart(empty=True))
+    await _blocking(lambda: store.restart(empty=True))
     await _ready(cluster)
     scene.checker.lost(since, _now_id())
+
+
+@asynccontextmanager
+async def _deaf(scene: Scene, cluster: Cluster, address: str) -> AsyncIterator[None]:
+    """In rounds 0, 2, ...: nodes and replicas stand still, cut off from the master, while it is published to."""
+    if scene.round % 2:
+        yield
+        return
+    stopped = [*cluster.nodes, *(store for store in cluster.stores if store.role() == "replica")]
+    for process in stopped:
+        await _blocking(process.pause)
+    try:
+        await _blocking(_reset, address, ("pubsub", "replica"))
+        await asyncio.sleep(DEAF_S)
+        yield
+    finally:
+        for process in stopped:
+            await _blocking(process.resume)
 
 
 # Faults of many Redis servers
 
 
 async def fail_over(scene: Scene, cluster: Cluster) -> None:
-    """Kill the master; when another server has taken its place, start it again, as a replica."""
-    killed = await _blocking(lambda: next(store for store in cluster.stores if store.role == "master"))
-    await _replace(scene, cluster, killed, lambda: _master_of_realm(cluster, killed.address, cluster.stores))
+    """Kill the realm's master; when a replica has taken its place, start it again, as a replica.
 
-
-async def kill_owner(scene: Scene, cluster: Cluster) -> None:
-    """The same to that master of a Redis Cluster which has the realm's slot."""
-    owner = await _blocking(lambda: _owner(cluster, cluster.stores))
-    killed = next(store for store in cluster.stores if store.address == owner)
-
-    def replaced() -> bool:
-        now = _owner(cluster, [store for store in cluster.stores if store is not killed])
-        return now not in ("", killed.address)
-
-    await _replace(scene, cluster, killed, replaced)
-
-
-async def _replace(scene: Scene, cluster: Cluster, killed: Any, replaced: Callable[[], bool]) -> None:
+    Every other time what the master did last is not known to its replicas, nor to the nodes.
+    """
+    killed = await _blocking(cluster.owner)
     since = _now_id()
-    await _blocking(killed.kill)
-    await _until(replaced, f"another master took the place of {killed.name}")
+    async with _deaf(scene, cluster, killed.address):
+        await _blocking(killed.kill)
+    await _until(lambda: _has_owner(cluster), f"another master took the place of {killed.name}")
     await _ready(cluster)
     scene.checker.lost(since, _now_id())
     await _blocking(killed.restart)
@@ -227,23 +238,10 @@ async def _replace(scene: Scene, cluster: Cluster, killed: Any, replaced: Callab
     await _ready(cluster)
 
 
-def _master_of_realm(cluster: Cluster, killed: str, stores: Sequence[Any]) -> bool:
-    return any(store.address != killed and store.role == "master" for store in stores)
-
-
-def _owner(cluster: Cluster, stores: Sequence[Any]) -> str:
-    """The address of the master that has the realm's slot, as one of these servers sees it; empty: there is none."""
-    for store in stores:
-        try:
-            with _redis(store.address) as redis:
-                slot = int(redis.execute_command("CLUSTER", "KEYSLOT", REALM))
-                view = redis.execute_command("CLUSTER", "SLOTS")
-        except RedisError:
-            continue
-        for first, last, (host, port, *_), *_ in view:
-            if first <= slot <= last:
-                return f"{host.decode() or HOST}:{port}"
-    return ""
+def _has_owner(cluster: Cluster) -> bool:
+    with suppress(ClusterError):
+        return cluster.owner().alive
+    return False
 
 
 def _follows(address: str) -> bool:
@@ -288,17 +286,24 @@ FAULTS: Final[Mapping[str, Fault]] = {
         Fault("both-reset", f"Redis closes every connection, {RESETS} times.", reset("pubsub", "normal")),
         Fault("redis-pause", f"SIGSTOP of Redis for {REDIS_PAUSE_S:g} s.", pause_redis),
         Fault("redis-restart", "SIGKILL of Redis; it starts again with its append-only file.", restart_redis),
-        Fault("redis-restart-empty", "SIGKILL of Redis; it starts again with nothing.", empty_redis),
+        Fault(
+            "redis-restart-empty",
+            "SIGKILL of Redis; it starts again with nothing. Every other time the nodes heard nothing for "
+            f"{DEAF_S:g} s before.",
+            empty_redis,
+        ),
         Fault(
             "sentinel-failover",
-            "SIGKILL of the master under Sentinel; it comes back as a replica.",
+            f"SIGKILL of the master under Sentinel; it comes back as a replica. {DEAF} replicas and nodes heard "
+            f"nothing for {DEAF_S:g} s before.",
             fail_over,
             "sentinel",
         ),
         Fault(
             "cluster-failover",
-            "SIGKILL of the Redis Cluster master that has the realm; it comes back as a replica.",
-            kill_owner,
+            f"SIGKILL of the Redis Cluster master that has the realm; it comes back as a replica. {DEAF} replicas and "
+            f"nodes heard nothing for {DEAF_S:g} s before.",
+            fail_over,
             "cluster",
         ),
         Fault("proxy-reload", f"HAProxy reads its configuration again, {RELOADS} times.", reload_proxy),
@@ -329,7 +334,7 @@ async def _scale(cluster: Cluster, count: int) -> None:
 async def _ready(cluster: Cluster) -> None:
     """Return when every node says that it is ready. Raises FaultFailed."""
     deadline = time.monotonic() + READY_S
-    for node in cluster.nodes:
+    for node in [node for node in cluster.nodes if node.alive]:
         server = Server(node.admin_address)
         request = f"GET /health/ready HTTP/1.1\r\nHost: {node.admin_address}\r\n\r\n".encode()
         said = ""
@@ -364,8 +369,3 @@ def _redis(address: str) -> Redis:
 
 def _now_id() -> int:
     return time.time_ns() // 1000
-
-
-def temporary_state() -> Path:
-    """A directory for a trial's processes."""
-    return Path(tempfile.mkdtemp(prefix="pushup-chaos-"))

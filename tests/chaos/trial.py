@@ -77,6 +77,8 @@ class Scene:
     rng: Random
     checker: Checker
     cutters: Sequence[Cutter]
+    round: int = 0
+    """Which round it is, from 0."""
 
 
 class FaultFailed(Exception):
@@ -156,6 +158,7 @@ async def run(
                 if not round:
                     await _join(pollers, tasks, checker)
                 await _pass(plan.before_s, tasks)
+                scene.round = round
                 say(f"{fault}, round {round + 1} of {plan.rounds}")
                 try:
                     await inject(scene)
