@@ -19,7 +19,7 @@ INDEX: Final = """\
 PushUp {version}, admin listener
 
 /health/live    200 while the process turns
-/health/ready   200 while it is ready for polls, 503 while it is not (404 with ?otherwise=404)
+/health/ready   200 while it is ready for polls, 503 while it is not
 /metrics        Prometheus metrics
 /nodes          the nodes of this realm, with their load
 """
@@ -35,9 +35,7 @@ def make_admin_app(node: Node, metrics: Metrics) -> web.Application:
         return _health(True, "the event loop turns")
 
     async def ready(request: web.Request) -> web.Response:
-        # HAProxy takes 404 (`http-check disable-on-404`) for: no new clients, but let those that are there stay.
-        otherwise = 404 if request.query.get("otherwise") == "404" else 503
-        return _health(node.ready, node.state, otherwise)
+        return _health(node.ready, node.state)
 
     async def nodes(request: web.Request) -> web.Response:
         found = await node.broker.nodes()
@@ -80,10 +78,10 @@ async def _say_errors(
         return problem_response(PushUpError("something went wrong here; the log says what"))
 
 
-def _health(good: bool, output: str, otherwise: int = 503) -> web.Response:
+def _health(good: bool, output: str) -> web.Response:
     return web.Response(
         body=msgspec.json.encode({"status": "pass" if good else "fail", "output": output}),
-        status=200 if good else otherwise,
+        status=200 if good else 503,
         content_type="application/json",
         headers={"Cache-Control": "no-store"},
     )

@@ -126,3 +126,7 @@ class Unavailable(PushUpError):
 
     def __init__(self, detail: str, retry_after: int = 1) -> None:
         super().__init__(detail, retry_after=retry_after)
+
+
+class BrokerRefused(Unavailable):
+    """The broker would not do it: it lacks memory, or we lack a permission."""

@@ -13,7 +13,16 @@ from typing import Any, Final
 import msgspec
 from msgspec import Raw
 
-from pushup.errors import ChannelExists, ChannelNotFound, InvalidRequest, KeyReused, PushUpError, TooLarge, Unavailable
+from pushup.errors import (
+    BrokerRefused,
+    ChannelExists,
+    ChannelNotFound,
+    InvalidRequest,
+    KeyReused,
+    PushUpError,
+    TooLarge,
+    Unavailable,
+)
 from pushup.messages import (
     ChannelInfo,
     ChannelOptions,
@@ -280,5 +289,5 @@ def translate(text: str) -> PushUpError | NotExecuted:
     if code in _ELSEWHERE or code in _BUSY or "read only replica" in text or "readonly replica" in text:
         return NotExecuted(text)
     if code == "OOM" or "maxmemory" in text:
-        return Unavailable("Redis has no memory left")
-    return Unavailable(f"Redis refused: {text}")
+        return BrokerRefused("Redis has no memory left")
+    return BrokerRefused(f"Redis refused: {text}")

@@ -34,7 +34,7 @@ class Lost(Exception):
 
 
 async def cancel(*tasks: asyncio.Task[Any]) -> None:
-    """Cancel tasks and return once they are done. Asks again: asyncio.wait_for, which redis-py uses, may swallow one."""
+    """Cancel tasks and return once they are done. Asks again: asyncio.wait_for, in redis-py, may swallow one."""
     while waiting := [task for task in tasks if not task.done()]:
         for task in waiting:
             task.cancel()

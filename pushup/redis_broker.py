@@ -12,11 +12,11 @@ See `library.lua` for what happens in Redis, and how a restart, a failover or lo
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import random
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from itertools import islice
 from typing import Any, Final
 
 from redis.asyncio.connection import AbstractConnection
@@ -25,7 +25,7 @@ from redis.exceptions import ResponseError
 from pushup.address import Address
 from pushup.broker import Listener
 from pushup.caller import Caller
-from pushup.errors import PushUpError, Unavailable
+from pushup.errors import BrokerRefused, PushUpError, Unavailable
 from pushup.library import (
     SECOND,
     Echo,
@@ -44,6 +44,7 @@ from pushup.redis_url import Servers
 log = logging.getLogger("pushup.broker")
 
 TICK_S: Final = 1.0
+TICKS_PER_ATTACH: Final = 30
 ECHO_S: Final = 3.0
 """How long after a tick was answered its echo may take. Then the session is not to be trusted any more."""
 PAUSE_S: Final = 0.05
@@ -250,8 +251,7 @@ class RedisBroker:
     async def _serve(self) -> str:
         """One session, from beginning to end, and why it ended. Raises Lost or PushUpError if it never began."""
         caller, library = self._caller, self._library
-        attach = library.attach(self._seen, self._run, self._seen_there, await self._keeps(), self._retention)
-        _, run = parse_position(await caller.call(attach))
+        run = await self._attach()
         session = Session(caller.connection(), caller.address, library, self._hear)
         try:
             await session.connect()
@@ -269,14 +269,21 @@ class RedisBroker:
                 self._proved.clear()
             await session.close()
 
+    async def _attach(self) -> str:
+        """Tell the server what holds in this realm, and what is known of it here; which run of the server it is."""
+        kept = await self._keeps()
+        call = self._library.attach(self._seen, self._run, self._seen_there, kept, self._retention)
+        _, run = parse_position(await self._caller.call(call))
+        return run
+
     async def _keeps(self) -> bool:
-        """Whether the server keeps every acknowledged write over a restart, as far as it lets us know."""
+        """Whether the server certainly keeps every acknowledged write over a restart. Raises Unavailable."""
         if self._caller.servers.kind != "server":
             return False
         try:
             appendfsync = await self._caller.call(("CONFIG", "GET", "append*"))
             replication = await self._caller.call(("INFO", "replication"))
-        except Unavailable as error:
+        except BrokerRefused as error:
             log.info("cannot tell how durable the broker is", extra={"reason": str(error)})
             return False
         settings = dict(zip(appendfsync[::2], appendfsync[1::2], strict=True))
@@ -288,9 +295,12 @@ class RedisBroker:
         )
 
     async def _keep_ticking(self, session: Session) -> None:
-        while not session.ended.done():
+        for count in itertools.count(1):
             await asyncio.sleep(TICK_S)
             await self._tick(session)
+            if count % TICKS_PER_ATTACH == 0 and not session.ended.done():
+                with contextlib.suppress(PushUpError):
+                    await self._attach()  # An operator may have changed how durable the server is.
 
     async def _tick(self, session: Session) -> None:
         """Prove the session once more, or end it."""
@@ -398,7 +408,7 @@ class RedisBroker:
     async def watch(self, wanted: Mapping[str, int]) -> Mapping[str, History | None]:
         histories: dict[str, History | None] = {}
         items = iter(wanted.items())
-        while some := dict(islice(items, READ_AT_ONCE)):
+        while some := dict(itertools.islice(items, READ_AT_ONCE)):
             histories |= await self._watch(some)
         return histories
 
@@ -454,7 +464,7 @@ class RedisBroker:
         publications = [publication for some, _ in outgoing for publication in some]
         replies = iter(await self._caller.publish(self._seen, publications))
         for some, future in outgoing:
-            results = [self._receipt(reply) for reply in islice(replies, len(some))]
+            results = [self._receipt(reply) for reply in itertools.islice(replies, len(some))]
             if not future.done():
                 future.set_result(results)
 
