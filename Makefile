@@ -4,13 +4,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help run test check format bench build clean
+.PHONY: help run test check format chaos bench build clean
 
 help:
 	@echo "make run     a node on http://127.0.0.1:8080 with the demo page (ARGS='--help' shows the settings)"
 	@echo "make test    all tests, after installing what they need"
 	@echo "make check   types, lint, format"
 	@echo "make format  put the code into its form"
+	@echo "make chaos   every fault against a real cluster, write tests/chaos/REPORT.md"
 	@echo "make bench   measure against Nchan, write loadtest/REPORT.md"
 	@echo "make build   the wheel, in dist/"
 
@@ -18,7 +19,7 @@ run: $(VENV)/.run
 	$(BIN)/pushup serve --demo $(ARGS)
 
 test: $(VENV)/.dev
-	tests/install-debian.sh chromium chromium-driver
+	tests/install-debian.sh chromium chromium-driver haproxy redis-server redis-sentinel
 	$(BIN)/python -m pytest $(ARGS)
 
 check: $(VENV)/.dev
@@ -29,6 +30,10 @@ check: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+chaos: $(VENV)/.dev
+	tests/install-debian.sh haproxy redis-server redis-sentinel
+	$(BIN)/python -m tests.chaos $(ARGS)
 
 bench: $(VENV)/.dev
 	tests/install-debian.sh nginx libnginx-mod-nchan

@@ -558,3 +558,91 @@ def test_nothing_is_left_behind(polls: int) -> None:
     assert not hub.expire(10_000.0)
     assert set(hub.forget_idle(10_000.0)) == {"a", "b"}
     assert len(hub) == 0
+
+
+def test_a_cursor_that_passed_a_lost_announcement_over_is_told_of_a_gap() -> None:
+    """The client cannot know that it missed something; the node does, as soon as `prev` tells."""
+    hub = Hub()
+    known(hub, "a")
+    hub.advance(50, 0.0)
+    passed = answered(hub, "a", start=1, timeout=0).next
+    hub.deliver("a", message(60, "a"), 40, 0.0)
+    hub.learn(take(hub, "a"), history(message(40, "a"), message(60, "a"), position=61), 0.0)
+
+    before = answered(hub, "a", start=40)
+    after = answered(hub, "a", start=passed)
+
+    assert ([m.id for m, _ in before.messages], before.gap) == ([40, 60], False)
+    assert ([m.id for m, _ in after.messages], after.gap) == ([60], True)
+
+
+def test_a_gap_without_messages_waits_until_its_cursor_is_beyond_it() -> None:
+    """Told earlier, the client would be told again at once, and again."""
+    hub = Hub()
+    known(hub, "a")
+    hub.advance(50, 0.0)
+    hub.doubt(["a"])
+    hub.learn(take(hub, "a"), history(message(40, "a"), position=50), 0.0)
+    waiting = parked(hub, "a", start=50)
+
+    ((answer, subscriptions),) = hub.advance(70, 0.0)
+
+    assert (answer.gap, answer.next, list(subscriptions)) == (True, 70, [waiting])
+    assert isinstance(parked(hub, "a", start=70), Subscription)
+
+
+def test_a_gap_whose_time_is_up_is_told_all_the_same() -> None:
+    """Waiting for a better cursor does not swallow the word."""
+    hub = Hub()
+    known(hub, "a")
+    hub.advance(50, 0.0)
+    hub.doubt(["a"])
+    hub.learn(take(hub, "a"), history(message(40, "a"), position=50), 0.0)
+    parked(hub, "a", start=50, timeout=1.0)
+
+    ((answer, _),) = hub.expire(2.0)
+
+    assert (answer.gap, answer.next) == (True, 50)
+
+
+def test_a_channel_whose_store_forgot_its_tail_is_in_doubt() -> None:
+    """A `prev` below the tail means that the store has lost what this node has seen."""
+    hub = Hub()
+    known(hub, "a")
+    hub.deliver("a", message(10, "a"), 0, 0.0)
+
+    replies = hub.deliver("a", message(20, "a"), 0, 0.0)
+
+    assert list(replies) == []
+    assert set(hub.wanted) == {"a"}
+
+
+def test_the_latest_of_known_channels_is_what_was_not_announced_yet() -> None:
+    """Also where the position lags behind the last message."""
+    hub = Hub()
+    known(hub, "a", "b")
+    hub.deliver("a", message(10, "a"), 0, 0.0)
+
+    assert parked(hub, "b", "a", start=LATEST).start == 11
+
+
+def test_the_latest_of_a_channel_that_must_be_read_begins_at_the_broker_s_estimate() -> None:
+    """What the read brings from before is not news."""
+    hub = Hub()
+    hub.advance(5, 0.0)
+    waiting = hub.subscribe(poll("a", start=LATEST), Owner(), 0.0, latest=15)
+    replies = hub.learn(take(hub, "a"), history(message(10, "a"), position=20), 0.0)
+
+    assert list(replies) == []
+    assert isinstance(waiting, Subscription)
+    assert waiting.start == 15
+
+
+def test_an_estimate_beyond_what_is_stored_is_not_believed() -> None:
+    """A clock that was set back must not make a poll wait past what is published now."""
+    hub = Hub()
+    hub.advance(5, 0.0)
+    hub.subscribe(poll("a", start=LATEST), Owner(), 0.0, latest=1000)
+    ((answer, _),) = hub.learn(take(hub, "a"), history(message(10, "a"), position=20), 0.0)
+
+    assert [m.id for m, _ in answer.messages] == [10]
