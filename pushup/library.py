@@ -37,7 +37,7 @@ from pushup.messages import (
 
 SOURCE: Final = files("pushup").joinpath("library.lua").read_text()
 LOAD: Final = ("FUNCTION", "LOAD", "REPLACE", SOURCE)
-VERSION: Final = 1
+VERSION: Final = int(re.findall(r"^local VERSION = (\d+)$", SOURCE, re.MULTILINE)[0])
 """That of `library.lua`. A server with a lower one, or none, is given ours."""
 
 SECOND: Final = 1_000_000

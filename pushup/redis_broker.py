@@ -226,10 +226,11 @@ class RedisBroker:
             raise Unavailable(f"cannot reach the broker {self.name}: {self._trouble}") from None
 
     async def stop(self) -> None:
+        hearing = self._session is not None
         if self._supervisor is not None:
             await cancel(self._supervisor)
         await asyncio.gather(*self._publishing)
-        if self.sessions:
+        if hearing:
             with contextlib.suppress(PushUpError):
                 await self._caller.call(self._library.leave(self._node))
         await self._caller.stop()
@@ -242,6 +243,9 @@ class RedisBroker:
                 self._trouble = await self._serve()
             except (Lost, PushUpError) as error:
                 self._trouble = str(error)
+            except Exception:
+                log.exception("a session failed")
+                self._trouble = "an error in PushUp"
             if self.sessions > sessions:
                 pause = PAUSE_S
             log.warning("lost the broker", extra={"broker": self.name, "reason": self._trouble})
@@ -260,7 +264,11 @@ class RedisBroker:
             await self._tick(session)
             ticker = asyncio.create_task(self._keep_ticking(session))
             try:
-                return await session.ended
+                either: set[asyncio.Future[Any]] = {ticker, session.ended}
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+                if ticker.done():
+                    ticker.result()
+                return session.ended.result()
             finally:
                 await cancel(ticker)
         finally:
@@ -352,7 +360,7 @@ class RedisBroker:
             self._listener.on_closed(name)
         else:
             message, prev = event
-            self._last_heard[name] = message.id
+            self._last_heard[name] = max(self._last_heard.get(name, 0), message.id)
             self._listener.on_message(name, message, prev)
             if name == next(other for other in reversed(message.channels) if session.watches(other)):
                 self._advance(message.id + 1)

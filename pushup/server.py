@@ -116,6 +116,8 @@ class Server:
         except PushUpError:
             self._listener.close()
             self._admin_listener.close()
+            await self._web.cleanup()
+            await self._admin.cleanup()
             raise
         await self._listener.start_serving()
         await self._admin_listener.start_serving()
