@@ -1,0 +1,430 @@
+"""Nodes over a real Redis, and all that can happen to it. Poll any node, publish to any node or past them."""
+
+import asyncio
+import json
+import math
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from redis.asyncio.connection import AbstractConnection
+
+import pushup.redis_broker
+from pushup.address import Address
+from pushup.errors import Unavailable
+from pushup.library import realm_key
+from pushup.messages import Publication, Receipt, Retention
+from pushup.redis_broker import RedisBroker
+from pushup.redis_url import parse_servers
+from pushup.server import Server
+from pushup.servers import dial
+from tests.redis_server import RedisServer
+from tests.support import PATIENCE_S, Client, connected, eventually, parked, running
+from tests.test_broker_contract import Recorder, caught_up
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
+    """A server of this test's own, to do things to."""
+    with RedisServer(tmp_path) as server:
+        yield server
+
+
+@asynccontextmanager
+async def node(redis: RedisServer, realm: str = "default", **settings: Any) -> AsyncIterator[tuple[Server, Client]]:
+    """A node on that Redis, and a connection to it."""
+    async with running(broker=redis.url, realm=realm, **settings) as server, connected(server) as client:
+        yield server, client
+
+
+def publish_directly(redis: RedisServer, *channels: str, data: Any = None, realm: str = "default") -> int:
+    """Past the nodes, as any program may."""
+    with redis.client() as client:
+        return int(client.fcall("pushup_publish", 1, realm_key(realm), json.dumps(data), *channels))
+
+
+def send_poll(client: Client, *channels: str, start: int = 0, hold: float = 60) -> None:
+    names = "".join(f"channel={channel}&" for channel in channels)
+    client.send(f"GET /poll?{names}start={start}&timeout={hold} HTTP/1.1\r\nHost: test\r\n\r\n")
+
+
+async def poll(client: Client, *channels: str, start: int = 0, hold: float = 60) -> Any:
+    send_poll(client, *channels, start=start, hold=hold)
+    reply = await client.reply()
+    assert reply.status == 200, reply
+    return reply.json
+
+
+def ids(answer: Any) -> list[int]:
+    return [message["id"] for message in answer["messages"]]
+
+
+class Deaf:
+    """Makes connections on which some of what Redis announces is lost, while they look healthy."""
+
+    def __init__(self, redis: RedisServer) -> None:
+        self._servers = parse_servers(redis.url)
+        self.swallow: set[bytes] = set()
+        """Announcements that contain one of these are lost. An empty one is in all."""
+
+    def __call__(self, address: Address) -> AbstractConnection:
+        connection = dial(self._servers, address, PATIENCE_S)
+        hear = connection.read_response
+
+        async def read_response(*arguments: Any, **options: Any) -> Any:
+            while True:
+                reply = await hear(*arguments, **options)
+                if not (type(reply) is list and reply[0] == b"smessage" and self._swallows(reply[2])):
+                    return reply
+
+        connection.read_response = read_response  # type: ignore[method-assign]
+        return connection
+
+    def _swallows(self, payload: bytes) -> bool:
+        return any(part in payload for part in self.swallow)
+
+
+@asynccontextmanager
+async def deaf_broker(redis: RedisServer) -> AsyncIterator[tuple[RedisBroker, Recorder, Deaf]]:
+    deaf, recorder = Deaf(redis), Recorder()
+    broker = RedisBroker(parse_servers(redis.url), uuid4().hex, Retention(), node="me", timeout=PATIENCE_S, dialer=deaf)
+    await broker.start(recorder)
+    try:
+        yield broker, recorder, deaf
+    finally:
+        deaf.swallow.clear()
+        await broker.stop()
+
+
+async def test_poll_any_node_publish_to_any_node(redis_server: RedisServer) -> None:
+    """A message published to one node answers the polls of another, and is cached for a third."""
+    realm = uuid4().hex
+    async with node(redis_server, realm) as (one, polling), node(redis_server, realm) as (_, publishing):
+        send_poll(polling, "a", "b")
+        await parked(one, 1)
+        id = await publishing.publish("b", "a", data={"x": 1})
+        answer = (await polling.reply()).json
+
+    async with node(redis_server, realm) as (_, late):
+        again = await poll(late, "a")
+
+    assert answer == {
+        "messages": [{"id": id, "channels": ["a", "b"], "data": {"x": 1}}],
+        "next": id + 1,
+        "gap": False,
+    }
+    assert ids(again) == [id]
+
+
+async def test_a_direct_publication_is_like_any_other(redis_server: RedisServer) -> None:
+    """Published with one Redis call, it answers parked polls with the same bytes."""
+    realm = uuid4().hex
+    async with node(redis_server, realm) as (server, client), connected(server) as other:
+        send_poll(client, "a")
+        await parked(server, 1)
+        first = publish_directly(redis_server, "a", data={"x": [1, "é"]}, realm=realm)
+        direct = await client.reply()
+        second = await other.publish("a", data={"x": [1, "é"]})
+        over_http = await client.request("GET", f"/poll?channel=a&start={first + 1}")
+
+    assert direct.body.replace(str(first).encode(), b"ID").replace(str(first + 1).encode(), b"NEXT") == (
+        over_http.body.replace(str(second).encode(), b"ID").replace(str(second + 1).encode(), b"NEXT")
+    )
+
+
+async def test_realms_do_not_hear_each_other(redis_server: RedisServer) -> None:
+    """The same channel name in two realms of one Redis is two channels."""
+    one, two = uuid4().hex, uuid4().hex
+    async with node(redis_server, one) as (_, here), node(redis_server, two) as (_, there):
+        await here.publish("a")
+
+        assert ids(await poll(there, "a", hold=0)) == []
+        assert (await there.get("/channels")).json["channels"] == []
+
+
+async def test_latest_means_from_now_on(redis_server: RedisServer) -> None:
+    """What was published before, be it a moment ago on another node, is not news; what comes after is."""
+    realm = uuid4().hex
+    async with (
+        node(redis_server, realm) as (server, client),
+        node(redis_server, realm) as (_, other),
+        connected(server) as known,
+    ):
+        for _ in range(3):
+            await asyncio.sleep(0.05)  # So much the two clocks of one machine differ at the most.
+            before = await other.publish("a")
+            client.send("GET /poll?channel=a&start=latest HTTP/1.1\r\nHost: test\r\n\r\n")
+            await parked(server, 1)
+            after = await other.publish("a")
+
+            assert before < after
+            assert ids((await client.reply()).json) == [after]
+        assert ids(await poll(known, "a", start=after, hold=0)) == [after]
+
+
+@pytest.mark.parametrize("kind", ["pubsub", "normal", "both"])
+async def test_a_connection_that_is_cut_loses_nothing(own_redis: RedisServer, kind: str) -> None:
+    """What is published while the node has no connection is caught up, in order, once, without a gap."""
+    async with node(own_redis) as (server, client):
+        send_poll(client, "a")
+        await parked(server, 1)
+        with own_redis.client() as operator, operator.pipeline() as together:
+            for one in ("pubsub", "normal") if kind == "both" else (kind,):
+                together.execute_command("CLIENT", "KILL", "TYPE", one, "SKIPME", "yes")
+            for number in range(3):
+                together.fcall("pushup_publish", 1, realm_key("default"), str(number), "a")
+            published = together.execute()[-3:]
+        got: list[int] = []
+        answer = (await client.reply()).json
+        while True:
+            got += ids(answer)
+            assert answer["gap"] is False
+            if len(got) >= 3:
+                break
+            answer = await poll(client, "a", start=answer["next"])
+
+    assert got == published
+
+
+async def test_an_announcement_that_is_lost_shows_with_the_next(redis_server: RedisServer) -> None:
+    """`prev` tells that something is missing; both come, in order."""
+    async with deaf_broker(redis_server) as (broker, recorder, deaf):
+        await broker.watch({"a": 0})
+        deaf.swallow.add(b'"lost"')
+        lost = await _publish(broker, b'"lost"')
+        last = await _publish(broker, b'"found"')
+        await caught_up(broker, last)
+
+    assert recorder.heard == [("a", last, lost)]
+
+
+async def test_an_announcement_that_is_lost_is_found_without_the_next(redis_server: RedisServer) -> None:
+    """The tails of watched channels are compared behind all that was announced; one that differs is in doubt."""
+    async with deaf_broker(redis_server) as (broker, recorder, deaf):
+        await broker.watch({"a": 0, "b": 0})
+        deaf.swallow.add(b'"lost"')
+        lost = await _publish(broker, b'"lost"')
+        await eventually(lambda: recorder.doubted != [], "the channel comes into doubt")
+        history = (await broker.watch({"a": lost}))["a"]
+
+    assert recorder.doubted == ["a"]
+    assert history is not None
+    assert [message.id for message in history.messages] == [lost]
+
+
+async def test_a_silent_connection_is_found_out(redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection that looks healthy and delivers nothing fails its proof: not ready, and then a better one."""
+    monkeypatch.setattr(pushup.redis_broker, "TICK_S", 0.05)
+    monkeypatch.setattr(pushup.redis_broker, "ECHO_S", 0.1)
+    async with deaf_broker(redis_server) as (broker, recorder, deaf):
+        await broker.watch({"a": 0})
+        deaf.swallow.add(b"")
+        await _publish(broker, b"1")
+        await eventually(lambda: not broker.ready, "it is not ready")
+        assert recorder.doubted == []
+        deaf.swallow.clear()
+        await eventually(lambda: broker.ready and recorder.doubted != [], "there is another session, and doubt")
+
+        assert broker.sessions == 2
+        assert recorder.doubted == ["everything"]
+
+
+async def test_without_the_proof_it_would_starve(redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The twin of the test above: who only trusts the connection never learns that it is deaf."""
+    monkeypatch.setattr(pushup.redis_broker, "TICK_S", 0.05)
+    monkeypatch.setattr(pushup.redis_broker, "ECHO_S", math.inf)
+    async with deaf_broker(redis_server) as (broker, recorder, deaf):
+        await broker.watch({"a": 0})
+        deaf.swallow.add(b"")
+        await _publish(broker, b"1")
+        await asyncio.sleep(0.5)
+
+        assert (broker.sessions, recorder.heard, recorder.doubted) == (1, [], [])
+
+
+async def test_a_restart_that_keeps_everything_is_no_gap(own_redis: RedisServer) -> None:
+    """Redis that writes before it acknowledges comes back with all of it: polls go on as if nothing had been."""
+    async with node(own_redis) as (server, client):
+        first = await client.publish("a")
+        send_poll(client, "a", start=first + 1)
+        await parked(server, 1)
+        own_redis.restart()
+        second = publish_directly(own_redis, "a")
+        answer = (await client.reply()).json
+
+    assert (ids(answer), answer["gap"]) == ([second], False)
+    assert second > first
+
+
+async def test_a_restart_that_may_have_lost_something_is_a_gap(tmp_path: Path) -> None:
+    """Redis that writes once a second cannot say what it lost. Who was there before is told so, once."""
+    with RedisServer(tmp_path, "appendfsync everysec") as redis:
+        async with node(redis) as (server, client):
+            first = await client.publish("a")
+            send_poll(client, "a", start=first + 1)
+            await parked(server, 1)
+            redis.restart()
+            answer = (await client.reply()).json
+            second = publish_directly(redis, "a")
+            after = await poll(client, "a", start=answer["next"])
+
+    assert (ids(answer), answer["gap"]) == ([], True)
+    assert (ids(after), after["gap"]) == ([second], False)
+
+
+async def test_a_restart_without_anything_is_a_gap(own_redis: RedisServer) -> None:
+    """Also for a channel that nobody publishes to any more; ids go on where they were."""
+    async with node(own_redis) as (server, client), connected(server) as quiet:
+        first = await client.publish("a")
+        send_poll(client, "a", start=first + 1)
+        send_poll(quiet, "never", start=first)
+        await parked(server, 2)
+        own_redis.restart(empty=True)
+        answers = [(await client.reply()).json, (await quiet.reply()).json]
+        second = await client.publish("a")
+
+    assert [(ids(answer), answer["gap"]) for answer in answers] == [([], True), ([], True)]
+    assert all(first < answer["next"] <= second for answer in answers)
+
+
+async def test_a_flushed_server_is_a_gap(own_redis: RedisServer) -> None:
+    """The same server, without its data: nodes that were connected all the time notice."""
+    async with node(own_redis) as (server, client):
+        first = await client.publish("a")
+        send_poll(client, "b", start=first)
+        await parked(server, 1)
+        with own_redis.client() as operator:
+            operator.flushall()
+        answer = (await client.reply()).json
+
+        assert (ids(answer), answer["gap"]) == ([], True)
+
+
+async def test_evicted_messages_are_a_gap(redis_server: RedisServer) -> None:
+    """A server that is short of memory may drop a channel's messages; who asks for them is told."""
+    realm = uuid4().hex
+    async with node(redis_server, realm) as (_, client):
+        first = await client.publish("a")
+    with redis_server.client() as operator:
+        assert operator.delete(f"{realm_key(realm)}:m:a") == 1
+    async with node(redis_server, realm) as (_, client):
+        answer = await poll(client, "a", start=first)
+        fresh = await poll(client, "a", hold=0)
+
+    assert (ids(answer), answer["gap"]) == ([], True)
+    assert (ids(fresh), fresh["gap"]) == ([], False)
+
+
+async def test_readiness_goes_off_while_redis_does_not_answer(
+    own_redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parked polls stay; they are answered when it is back."""
+    monkeypatch.setattr(pushup.redis_broker, "TICK_S", 0.05)
+    monkeypatch.setattr(pushup.redis_broker, "ECHO_S", 0.1)
+    async with node(own_redis) as (server, client):
+        send_poll(client, "a")
+        await parked(server, 1)
+        own_redis.pause()
+        await eventually(lambda: not server.node.ready, "it is not ready")
+        own_redis.resume()
+        await eventually(lambda: server.node.ready, "it is ready again")
+        id = publish_directly(own_redis, "a")
+
+        assert ids((await client.reply()).json) == [id]
+
+
+async def test_a_broker_that_cannot_be_reached_is_named(own_redis: RedisServer) -> None:
+    """A node that never had its broker does not start, and says why, without the password."""
+    own_redis.kill()
+    url = own_redis.url.replace("redis://", "redis://me:secret@")
+
+    with pytest.raises(Unavailable, match=rf"cannot reach the broker {own_redis.url}.*onnect") as raised:
+        async with running(broker=url, broker_timeout=0.5):
+            pass
+
+    assert "secret" not in str(raised.value)
+
+
+async def test_a_wrong_password_is_said(own_redis: RedisServer) -> None:
+    """The sentence names what Redis has against it."""
+    with own_redis.client() as operator:
+        operator.config_set("requirepass", "right")
+    url = own_redis.url.replace("redis://", "redis://:wrong@")
+
+    with pytest.raises(Unavailable, match="refuses user or password"):
+        async with running(broker=url, broker_timeout=0.5):
+            pass
+
+
+async def test_many_channels_are_read_many_at_once(own_redis: RedisServer) -> None:
+    """After a cut, the channels of a node cost few calls, however many they are."""
+    names = [f"c{number}" for number in range(1000)]
+    recorder = Recorder()
+    broker = RedisBroker(parse_servers(own_redis.url), "default", Retention(), node="me", timeout=PATIENCE_S)
+    await broker.start(recorder)
+    try:
+        await broker.watch(dict.fromkeys(names, 0))
+        with own_redis.client() as operator:
+            operator.config_resetstat()
+            operator.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
+            await eventually(lambda: recorder.doubted == ["everything"], "all are in doubt")
+            histories = await broker.watch(dict.fromkeys(names, 1))
+            calls = operator.info("commandstats")["cmdstat_fcall"]["calls"]
+
+        assert len(histories) == 1000
+        assert calls < 30
+    finally:
+        await broker.stop()
+
+
+async def test_unwatching_while_it_is_being_watched_hangs_nobody(redis_server: RedisServer) -> None:
+    """Whoever waits for the server's confirmation goes on."""
+    async with deaf_broker(redis_server) as (broker, _, _):
+        watching = asyncio.ensure_future(broker.watch({"a": 0, "b": 0}))
+        await asyncio.sleep(0)
+        broker.unwatch(["a"])
+        histories = await watching
+        again = await broker.watch({"a": 0})
+
+        assert set(histories) == {"a", "b"}
+        assert again["a"] is not None
+
+
+async def test_garbage_on_a_channel_harms_nobody(redis_server: RedisServer) -> None:
+    """Whoever has Redis may announce anything; what is not ours is ignored, and the rest is heard."""
+    async with deaf_broker(redis_server) as (broker, recorder, _):
+        await broker.watch({"a": 0})
+        library = broker._library
+        with redis_server.client() as stranger:
+            for payload in (b"", b"nonsense", b"1 [", b"12 {}", b"closed never", b"\xff\xfe"):
+                stranger.execute_command("SPUBLISH", library.announcements("a"), payload)
+                stranger.execute_command("SPUBLISH", library.echoes("me"), payload)
+        id = await _publish(broker, b"1")
+        await caught_up(broker, id)
+
+        assert [(channel, heard) for channel, heard, _ in recorder.heard] == [("a", id)]
+        assert broker.sessions == 1
+
+
+async def test_nodes_are_listed_until_they_leave(redis_server: RedisServer) -> None:
+    """Each node's heartbeat says where it is and what it does; one that stops in good order is gone at once."""
+    realm = uuid4().hex
+    async with node(redis_server, realm, name="one") as (server, _), connected(server, admin=True) as admin:
+        async with node(redis_server, realm, name="two"):
+            both = (await admin.get("/nodes")).json["nodes"]
+        alone = (await admin.get("/nodes")).json["nodes"]
+
+    assert [about["name"] for about in both] == ["one", "two"]
+    assert both[0]["address"] == server.address
+    assert both[0]["admin_address"] == server.admin_address
+    assert both[0]["started"] <= both[0]["seen"]
+    assert [about["name"] for about in alone] == ["one"]
+
+
+async def _publish(broker: RedisBroker, data: bytes) -> int:
+    (receipt,) = await broker.publish([Publication(("a",), data)])
+    assert isinstance(receipt, Receipt)
+    return receipt.id
