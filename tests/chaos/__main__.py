@@ -76,8 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(fault: Fault, plan: Plan, seed: int) -> Result:
     directory = Path(tempfile.mkdtemp(prefix="pushup-chaos-"))
-    state = directory / "cluster"
-    with hosting(fault, plan.nodes, state) as service, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with hosting(fault, plan.nodes, directory) as service, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         result = runner.run(
             run(
                 fault.name,
@@ -89,12 +88,10 @@ def _run(fault: Fault, plan: Plan, seed: int) -> Result:
                 say=lambda line: print(f"  {line}", flush=True),
             )
         )
-        if not result.good and state.exists():
-            for log in state.glob("*.log"):
-                shutil.copy(log, directory)
-            print(f"  logs are kept in {directory}", flush=True)
     if result.good:
-        directory.rmdir()
+        shutil.rmtree(directory)
+    else:
+        print(f"  logs are kept in {directory}", flush=True)
     return result
 
 

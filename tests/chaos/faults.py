@@ -7,15 +7,13 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
-from redis import Redis
-from redis.exceptions import RedisError
-
-from cluster import Cluster, ClusterError
+from cluster import Cluster
+from cluster.stores import Store, ask
 from tests.chaos.client import NoAnswer, NotSent, Server
 from tests.chaos.trial import FaultFailed, Scene, Service
 
@@ -32,6 +30,7 @@ DEAF_S: Final = 1.0
 DEAF: Final = "Every other time"
 CUT_SHARE: Final = 0.3
 CUT_S: Final = 6.0
+REALM: Final = "pushup:{default}"
 
 SETTINGS: Final[Mapping[str, str]] = {
     "channel_window": "600",
@@ -69,7 +68,7 @@ def hosting(fault: Fault, nodes: int, state: Path) -> Iterator[Service]:
     try:
         yield cluster
     finally:
-        cluster.down(at_once=True)
+        cluster.down(keep_logs=True)
 
 
 @dataclass(frozen=True)
@@ -169,9 +168,9 @@ def reset(*types: str) -> Callable[[Scene, Cluster], Awaitable[None]]:
 
 
 def _reset(address: str, types: Sequence[str]) -> None:
-    with _redis(address) as redis:
-        for type in types:
-            redis.execute_command("CLIENT", "KILL", "TYPE", type)
+    for type in types:
+        if ask(address, "CLIENT", "KILL", "TYPE", type) is None:
+            raise FaultFailed(f"Redis at {address} does not kill its {type} connections")
 
 
 async def pause_redis(scene: Scene, cluster: Cluster) -> None:
@@ -226,31 +225,31 @@ async def fail_over(scene: Scene, cluster: Cluster) -> None:
 
     Every other time what the master did last is not known to its replicas, nor to the nodes.
     """
-    killed = await _blocking(cluster.owner)
+    killed = await _blocking(_owner, cluster)
+    if killed is None:
+        raise FaultFailed("no Redis server has the realm")
     since = _now_id()
     async with _deaf(scene, cluster, killed.address):
         await _blocking(killed.kill)
-    await _until(lambda: _has_owner(cluster), f"another master took the place of {killed.name}")
+    await _until(lambda: _owner(cluster) is not None, f"another master took the place of {killed.name}")
     await _ready(cluster)
     scene.checker.lost(since, _now_id())
     await _blocking(killed.restart)
-    await _until(lambda: _follows(killed.address), f"{killed.name} came back as a replica")
+    await _until(killed.follows, f"{killed.name} came back as a replica")
     await _ready(cluster)
 
 
-def _has_owner(cluster: Cluster) -> bool:
-    with suppress(ClusterError):
-        return cluster.owner().alive
-    return False
-
-
-def _follows(address: str) -> bool:
-    try:
-        with _redis(address) as redis:
-            facts = redis.info("replication")
-    except RedisError:
-        return False
-    return bool(facts["role"] == "slave" and facts["master_link_status"] == "up")
+def _owner(cluster: Cluster) -> Store | None:
+    """The master that has the realm, as a Redis server that runs sees it; None: there is none now."""
+    masters = [store for store in cluster.stores if store.role() == "master"]
+    if cluster.store != "cluster":
+        return masters[0] if len(masters) == 1 else None
+    for master in masters:
+        slot = ask(master.address, "CLUSTER", "KEYSLOT", REALM)
+        for first, last, (_, port, *_), *_ in ask(master.address, "CLUSTER", "SLOTS") or ():
+            if first <= slot <= last:
+                return next((store for store in masters if store.address.endswith(f":{port}")), None)
+    return None
 
 
 # Faults between
@@ -360,11 +359,6 @@ async def _until(condition: Callable[[], bool], hoped: str) -> None:
         if time.monotonic() > deadline:
             raise FaultFailed(f"within {READY_S:g} s it was not so that {hoped}")
         await asyncio.sleep(STEP_S)
-
-
-def _redis(address: str) -> Redis:
-    host, _, port = address.rpartition(":")
-    return Redis(host, int(port), socket_timeout=2.0, socket_connect_timeout=2.0)
 
 
 def _now_id() -> int:
