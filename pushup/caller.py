@@ -50,6 +50,8 @@ class Caller:
         self._stopped = False
         self.address = servers.addresses[0]
         """The server it is, or was last, connected to."""
+        self.trouble = "it does not answer"
+        """Why it could not connect the last time."""
 
     def connection(self) -> AbstractConnection:
         """A further connection to the server in use, not yet connected."""
@@ -113,7 +115,7 @@ class Caller:
         return reply
 
     async def publish(self, seen: int, publications: Sequence[Publication]) -> list[tuple[Receipt, str] | PushUpError]:
-        """Publish in order; for each the receipt and which run of the server gave it, or the error."""
+        """Publish in order; for each the receipt and its origin, or the error."""
         calls = [self.library.store(seen, publication) for publication in publications]
         replies = await self.call_all(calls, repeatable=lambda at: publications[at].key is not None)
         return [reply if isinstance(reply, PushUpError) else parse_receipt(reply) for reply in replies]
@@ -135,6 +137,7 @@ class Caller:
             except TimeoutError:
                 self.reset("it does not answer")  # Which fails what waits for a reply.
             except NotExecuted as error:
+                self.trouble = str(error)
                 for at in waiting:
                     results[at] = Unavailable(f"cannot reach Redis: {error}")
             except PushUpError as error:

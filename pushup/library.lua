@@ -11,15 +11,17 @@
 --   pushup:{NAME}:closed     zset   names of closed channels, by the id of their last message
 --   pushup:{NAME}:nodes      hash   what each node last said of itself
 -- and on sharded pub/sub
---   pushup:{NAME}:a:CHANNEL  `PREV [id,["channel",...],data]`, `closed POSITION`, `made`
---   pushup:{NAME}:n:NODE     `POSITION FLOOR RUN TOKEN [CHANNEL-IN-HEX TAIL ...]`, answering the node's reads and ticks
+--   pushup:{NAME}:BIRTH:a:CHANNEL  `PREV [id,["channel",...],data]`, `closed POSITION`, `made`
+--   pushup:{NAME}:BIRTH:n:NODE     `POSITION FLOOR ORIGIN TOKEN [CHANNEL-IN-HEX TAIL ...]`, after the node's reads and ticks
+-- where BIRTH is the id at which the realm came into being: pub/sub knows nothing of databases, and a realm of the same
+-- name in another one must not be heard.
 --
 -- The facts of all channels are one key on purpose: a server that evicts keys, or loses some, loses them all together,
 -- and a realm that begins anew tells everyone of a gap.
 --
 -- Numbers are exact doubles (ids stay below 2^53); `text` writes them, as Lua's own form has 14 digits only.
 
-local VERSION = 1
+local VERSION = 2
 local SECOND = 1000000
 local DAY = 86400 * SECOND
 local MAX_ID = 9007199254740991
@@ -124,13 +126,13 @@ local function check_data(data, most)
   return data
 end
 
--- Realm: run of the server that wrote last, whether that server keeps every acknowledged write over a restart (1),
--- the last id given before that run, the floor of all channels, that of channels not known here, the number of channels
+-- Realm: run of the server process that wrote last, whether that server keeps every acknowledged write over a restart (1),
+-- the id at which the realm came into being, the last one given before that run, the floor of all channels, that of channels not known here, the number of channels
 -- and of closed ones remembered; then the defaults: ttl, window, max_messages, idempotency window, whether named
 -- channels come into being by being used, most bytes of a message, most channels of a publication. Times in
 -- microseconds.
 
-local REALM = {'since', 'floor', 'unknown', 'channels', 'closed', 'ttl', 'window', 'max_messages', 'idempotency', 'implicit',
+local REALM = {'birth', 'since', 'floor', 'unknown', 'channels', 'closed', 'ttl', 'window', 'max_messages', 'idempotency', 'implicit',
   'message_bytes', 'publish_channels'}
 
 local function parse_realm(written)
@@ -199,7 +201,7 @@ local function open(key, seen, names)
     -- A new realm, or one whose heart was lost.
     redis.call('DEL', key, key .. ':names', key .. ':due', key .. ':closed')
     local last = math.max(now, seen + 1)
-    realm = {run = run_id(), kept = '0', since = last, floor = last + 1, unknown = last + 1, channels = 0, closed = 0,
+    realm = {run = run_id(), kept = '0', birth = last, since = last, floor = last + 1, unknown = last + 1, channels = 0, closed = 0,
       ttl = 3600 * SECOND, window = 300 * SECOND, max_messages = 1000, idempotency = 300 * SECOND, implicit = 1,
       message_bytes = 65536, publish_channels = 100}
     realm.last = last
@@ -223,6 +225,15 @@ local function open(key, seen, names)
     facts[at] = found[at + 2] and parse_facts(found[at + 2]) or false
   end
   return realm, facts, now
+end
+
+-- Where an answer comes from: which run of which server, and which life of the realm.
+local function origin(realm)
+  return realm.run .. ':' .. text(realm.birth)
+end
+
+local function pubsub(key, realm, kind, name)
+  return key .. ':' .. text(realm.birth) .. ':' .. kind .. ':' .. name
 end
 
 -- An id above every one given so far; none below it is given from now on.
@@ -330,7 +341,7 @@ local function put(key, seen, once, data, names)
       refuse('KEYREUSED', 'the idempotency key was used for a different publication')
     end
     if id then
-      return {tonumber(id), 1, realm.run}
+      return {tonumber(id), 1, origin(realm)}
     end
   end
   for at, name in ipairs(names) do
@@ -372,9 +383,9 @@ local function put(key, seen, once, data, names)
     redis.call('SET', key .. ':k:' .. once, written .. ' ' .. memo, 'PX', text(math.ceil(realm.idempotency / 1000)))
   end
   for at, name in ipairs(names) do
-    redis.call('SPUBLISH', key .. ':a:' .. name, prevs[at] .. ' ' .. message)
+    redis.call('SPUBLISH', pubsub(key, realm, 'a', name), prevs[at] .. ' ' .. message)
   end
-  return {id, 0, realm.run}
+  return {id, 0, origin(realm)}
 end
 
 local function from(args, at)
@@ -398,7 +409,7 @@ local function publish_once(key, args)
   return put(key, 0, args[1], args[2] or '', from(args, 3))[1]
 end
 
--- SEEN KEY-OR-EMPTY DATA CHANNEL [CHANNEL ...] -> {id, whether it is a duplicate, run}
+-- SEEN KEY-OR-EMPTY DATA CHANNEL [CHANNEL ...] -> {id, whether it is a duplicate, origin}
 local function store(key, args)
   return put(key, args[1], args[2], args[3], from(args, 4))
 end
@@ -446,7 +457,7 @@ local function create(key, args)
   end
   local channel = add(key, realm, name, now, duration(args[3]), duration(args[4]), duration(args[5]))
   save_facts(key, name, channel)
-  redis.call('SPUBLISH', key .. ':a:' .. name, 'made')
+  redis.call('SPUBLISH', pubsub(key, realm, 'a', name), 'made')
   return describe(key, name, channel, now)
 end
 
@@ -477,7 +488,7 @@ local function finish(key, realm, name, facts, now)
     end
   end
   save_realm(key, realm)
-  redis.call('SPUBLISH', key .. ':a:' .. name, 'closed ' .. text(position(key, realm, now)))
+  redis.call('SPUBLISH', pubsub(key, realm, 'a', name), 'closed ' .. text(position(key, realm, now)))
 end
 
 -- SEEN NAME
@@ -510,10 +521,11 @@ end
 -- For nodes
 
 local function tell(key, node, realm, at, token, more)
-  redis.call('SPUBLISH', key .. ':n:' .. node, text(at) .. ' ' .. text(realm.floor) .. ' ' .. realm.run .. ' ' .. token .. more)
+  local said = {text(at), text(realm.floor), origin(realm), token .. more}
+  redis.call('SPUBLISH', pubsub(key, realm, 'n', node), table.concat(said, ' '))
 end
 
--- SEEN NODE TOKEN [CHANNEL START ...] -> {position, run, for each channel {tail, floor, whole, window, max_messages,
+-- SEEN NODE TOKEN [CHANNEL START ...] -> {position, origin, for each channel {tail, floor, whole, window, max_messages,
 -- messages} or false if it would have to be created}. What the reply says is complete below the position, and the
 -- node's own channel hears of the position after everything that was announced below it.
 local function read(key, args)
@@ -544,7 +556,7 @@ local function read(key, args)
   end
   local at = position(key, realm, now)
   tell(key, args[2], realm, at, args[3], '')
-  return {text(at), realm.run, histories}
+  return {text(at), origin(realm), histories}
 end
 
 local function restore_indexes(key, realm)
@@ -579,7 +591,7 @@ local function sweep(key, realm, now)
   end
 end
 
--- SEEN NODE TOKEN ABOUT [CHANNEL ...] -> {position, run}. The node's heartbeat, and its proof that it hears: its own
+-- SEEN NODE TOKEN ABOUT [CHANNEL ...] -> {position, origin}. The node's heartbeat, and its proof that it hears: its own
 -- channel is told the position, and the tails of the channels named, behind everything that was announced before.
 local function tick(key, args)
   local audited = from(args, 5)
@@ -598,17 +610,17 @@ local function tick(key, args)
   end
   local at = position(key, realm, now)
   tell(key, args[2], realm, at, args[3], table.concat(tails, ' '))
-  return {text(at), realm.run}
+  return {text(at), origin(realm)}
 end
 
--- SEEN RUN SEEN-THERE KEPT TTL WINDOW MAX_MESSAGES IDEMPOTENCY IMPLICIT MESSAGE_BYTES PUBLISH_CHANNELS ->
--- {position, run}. A node begins, or begins again. RUN is the server process it knew before, and SEEN-THERE the highest
+-- SEEN ORIGIN SEEN-THERE KEPT TTL WINDOW MAX_MESSAGES IDEMPOTENCY IMPLICIT MESSAGE_BYTES PUBLISH_CHANNELS ->
+-- {position, origin}. A node begins, or begins again. ORIGIN is the one it knew before, and SEEN-THERE the highest
 -- id it knows from there: if that is above the last id before this run, the two served at the same time (a master that
 -- was cut off), and what the other one acknowledged is not here.
 -- KEPT: whether this server keeps every acknowledged write over a restart, and has no replica that could take its place.
 local function attach(key, args)
   local realm, _, now = open(key, args[1], {})
-  if args[2] ~= '' and args[2] ~= realm.run and tonumber(args[3]) > realm.since then
+  if args[2] ~= '' and args[2] ~= origin(realm) and tonumber(args[3]) > realm.since then
     lose(key, realm, now, tonumber(args[1]))
   end
   realm.kept = args[4]
@@ -616,7 +628,7 @@ local function attach(key, args)
   realm.idempotency, realm.implicit = tonumber(args[8]), tonumber(args[9])
   realm.message_bytes, realm.publish_channels = tonumber(args[10]), tonumber(args[11])
   save_realm(key, realm)
-  return {text(position(key, realm, now)), realm.run}
+  return {text(position(key, realm, now)), origin(realm)}
 end
 
 -- NODE: it has stopped in good order

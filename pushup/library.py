@@ -72,21 +72,10 @@ class Library:
 
     def __init__(self, realm: str) -> None:
         self.key = realm_key(realm)
-        self._announcements = f"{self.key}:a:"
-        self._nodes = f"{self.key}:n:"
 
-    def announcements(self, channel: str) -> str:
-        """The pub/sub channel on which a channel's events are announced."""
-        return self._announcements + channel
-
-    def echoes(self, node: str) -> str:
-        """The pub/sub channel on which a node hears the positions it asked for."""
-        return self._nodes + node
-
-    def channel_of(self, heard_on: bytes) -> str | None:
-        """The channel whose events come on this pub/sub channel; None: it is a node's own."""
-        name = heard_on.decode()
-        return name[len(self._announcements) :] if name.startswith(self._announcements) else None
+    def pubsub(self, origin: str) -> "PubSub":
+        """The pub/sub channels of the realm there."""
+        return PubSub(f"{self.key}:{origin.partition(':')[2]}")
 
     def store(self, seen: int, publication: Publication) -> Call:
         """Publish; see `parse_receipt`."""
@@ -120,12 +109,12 @@ class Library:
         """A node's heartbeat; see `parse_position`."""
         return self._call("tick", seen, node, token, msgspec.json.encode(about), *audited)
 
-    def attach(self, seen: int, run: str, seen_there: int, kept: bool, retention: Retention) -> Call:
+    def attach(self, seen: int, origin: str, seen_there: int, kept: bool, retention: Retention) -> Call:
         """A node begins; see `parse_position`."""
         return self._call(
             "attach",
             seen,
-            run,
+            origin,
             seen_there,
             int(kept),
             _us(retention.ttl),
@@ -151,18 +140,38 @@ class Library:
         return ("FCALL", f"pushup_{function}", 1, self.key, *words)
 
 
+class PubSub:
+    """The names of a realm's pub/sub channels."""
+
+    def __init__(self, prefix: str) -> None:
+        self._announcements = f"{prefix}:a:"
+        self._nodes = f"{prefix}:n:"
+
+    def announcements(self, channel: str) -> str:
+        """Where a channel's events are announced."""
+        return self._announcements + channel
+
+    def echoes(self, node: str) -> str:
+        """Where a node hears the positions it asked for."""
+        return self._nodes + node
+
+    def channel_of(self, heard_on: str) -> str | None:
+        """The channel whose events come on this one; None: it is a node's own."""
+        return heard_on[len(self._announcements) :] if heard_on.startswith(self._announcements) else None
+
+
 def _us(seconds: float | None) -> int | str:
     return "" if seconds is None else round(seconds * SECOND)
 
 
 def parse_receipt(reply: Any) -> tuple[Receipt, str]:
-    """The receipt, and which run of the server gave it."""
-    id, duplicate, run = reply
-    return Receipt(id, duplicate=bool(duplicate)), run.decode()
+    """The receipt, and its origin: which run of which server gave it, in which life of the realm."""
+    id, duplicate, origin = reply
+    return Receipt(id, duplicate=bool(duplicate)), origin.decode()
 
 
 def parse_position(reply: Any) -> tuple[int, str]:
-    """The realm's position, and which run of the server said so."""
+    """The realm's position, and its origin."""
     return int(reply[0]), reply[1].decode()
 
 
@@ -183,8 +192,8 @@ def parse_info(reply: Any) -> ChannelInfo:
 
 
 def parse_histories(reply: Any, names: Sequence[str]) -> tuple[dict[str, History | None], int, str]:
-    """By channel what the server has of it, the position of all of them, and which run of the server said so."""
-    position, run = parse_position(reply)
+    """By channel what the server has of it, the position of all of them, and the origin."""
+    position, origin = parse_position(reply)
     histories: dict[str, History | None] = {}
     # Lua's arrays end before a trailing false.
     for at, name in enumerate(names):
@@ -202,7 +211,7 @@ def parse_histories(reply: Any, names: Sequence[str]) -> tuple[dict[str, History
             window=int(window) / SECOND,
             max_messages=int(most),
         )
-    return histories, position, run
+    return histories, position, origin
 
 
 def parse_message(text: bytes) -> Message:
@@ -242,16 +251,16 @@ class Echo:
 
     position: int
     floor: int
-    run: str
+    origin: str
     token: str
     tails: Mapping[str, int]
 
 
 def parse_echo(payload: bytes) -> Echo:
     """An event of a node's own channel."""
-    position, floor, run, token, *words = payload.decode().split(" ")
+    position, floor, origin, token, *words = payload.decode().split(" ")
     tails = {bytes.fromhex(name).decode(): int(tail) for name, tail in zip(words[::2], words[1::2], strict=True)}
-    return Echo(int(position), int(floor), run, token, tails)
+    return Echo(int(position), int(floor), origin, token, tails)
 
 
 Event = tuple[Message, int] | int | None

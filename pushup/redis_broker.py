@@ -30,6 +30,7 @@ from pushup.library import (
     SECOND,
     Echo,
     Library,
+    PubSub,
     parse_echo,
     parse_event,
     parse_histories,
@@ -59,14 +60,16 @@ AUDITED_PER_TICK: Final = 64
 class Session:
     """One connection on which announcements come, from its first proof to its end."""
 
-    def __init__(self, connection: AbstractConnection, address: Address, library: Library, heard: "Heard") -> None:
+    def __init__(
+        self, connection: AbstractConnection, address: Address, origin: str, pubsub: PubSub, heard: "Heard"
+    ) -> None:
         self.address = address
+        self.origin = origin
+        """Which run of the server this session is to be with, and which life of the realm."""
         self.token = secrets.token_hex(8)
-        self.run = ""
-        """Which run of the server this session is with; known once it is proved."""
+        self.pubsub = pubsub
         self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         """Why it ended."""
-        self._library = library
         self._heard = heard
         self._link = Link(connection, self._receive, self._end)
         self._confirmed: dict[str, asyncio.Future[None]] = {}
@@ -88,7 +91,7 @@ class Session:
 
     def watches(self, name: str) -> bool:
         """Whether the channel's announcements are wanted here."""
-        return self._library.announcements(name) in self._confirmed
+        return self.pubsub.announcements(name) in self._confirmed
 
     async def subscribe(self, heard_on: Sequence[str]) -> None:
         """Return once the server has confirmed all of these. Shared by whoever wants the same. Raises Lost."""
@@ -119,9 +122,7 @@ class Session:
 
     def watched(self) -> list[str]:
         """The channels whose announcements come here for certain."""
-        names = [
-            self._library.channel_of(heard_on.encode()) for heard_on, future in self._confirmed.items() if future.done()
-        ]
+        names = [self.pubsub.channel_of(heard_on) for heard_on, future in self._confirmed.items() if future.done()]
         return [name for name in names if name is not None]
 
     def _receive(self, reply: Any) -> None:
@@ -129,10 +130,10 @@ class Session:
             self.end(str(reply))
             return
         kind, heard_on, payload = reply
-        if kind == b"smessage":
-            self._heard(self, heard_on, payload)
-            return
         name = heard_on.decode()
+        if kind == b"smessage":
+            self._heard(self, self.pubsub.channel_of(name), payload)
+            return
         if kind == b"ssubscribe":
             future = self._confirmed.get(name)
             if future is not None and not self._leaving.get(name) and not future.done():
@@ -150,8 +151,8 @@ class Session:
             self.ended.set_result(reason)
 
 
-Heard = Callable[[Session, bytes, bytes], None]
-"""What is done with a payload that a session brought on a pub/sub channel."""
+Heard = Callable[[Session, str | None, bytes], None]
+"""What is done with a payload that a session brought for a channel, or for the node itself (None)."""
 
 Outgoing = tuple[Sequence[Publication], "asyncio.Future[list[Receipt | PushUpError]]"]
 """Publications of this turn of the event loop, and who waits for their results."""
@@ -194,9 +195,9 @@ class RedisBroker:
         self._floor = 0
         self._seen = 0
         """The highest id this node knows of."""
-        self._run = ""
+        self._origin = ""
         self._seen_there = 0
-        """The highest id it knows of from that run of the server."""
+        """The highest id it knows of from there."""
         self._last_heard: dict[str, int] = {}
         """By audited channel, the last id announced or read."""
         self._audits: list[str] = []
@@ -204,8 +205,6 @@ class RedisBroker:
         self._publishing: set[asyncio.Task[None]] = set()
         self._echo: asyncio.Future[None]
         """Done when the tick under way is heard."""
-        self._trouble = "it does not answer"
-        """Why there is no session."""
 
     @property
     def ready(self) -> bool:
@@ -223,7 +222,7 @@ class RedisBroker:
                 await self._proved.wait()
         except TimeoutError:
             await self.stop()
-            raise Unavailable(f"cannot reach the broker {self.name}: {self._trouble}") from None
+            raise Unavailable(f"cannot reach the broker {self.name}: {self._caller.trouble}") from None
 
     async def stop(self) -> None:
         hearing = self._session is not None
@@ -248,19 +247,18 @@ class RedisBroker:
                 self._trouble = "an error in PushUp"
             if self.sessions > sessions:
                 pause = PAUSE_S
-            log.warning("lost the broker", extra={"broker": self.name, "reason": self._trouble})
+            log.warning("lost the broker", extra={"broker": self.name, "reason": reason})
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(pause * 2, PAUSE_MAX_S)
 
     async def _serve(self) -> str:
         """One session, from beginning to end, and why it ended. Raises Lost or PushUpError if it never began."""
         caller, library = self._caller, self._library
-        run = await self._attach()
-        session = Session(caller.connection(), caller.address, library, self._hear)
+        origin = await self._attach()
+        session = Session(caller.connection(), caller.address, origin, library.pubsub(origin), self._hear)
         try:
             await session.connect()
-            session.run = run
-            await session.subscribe([library.echoes(self._node)])
+            await session.subscribe([session.pubsub.echoes(self._node)])
             await self._tick(session)
             ticker = asyncio.create_task(self._keep_ticking(session))
             try:
@@ -278,11 +276,11 @@ class RedisBroker:
             await session.close()
 
     async def _attach(self) -> str:
-        """Tell the server what holds in this realm, and what is known of it here; which run of the server it is."""
+        """Tell the server what holds in this realm, and what is known of it here; the origin."""
         kept = await self._keeps()
-        call = self._library.attach(self._seen, self._run, self._seen_there, kept, self._retention)
-        _, run = parse_position(await self._caller.call(call))
-        return run
+        call = self._library.attach(self._seen, self._origin, self._seen_there, kept, self._retention)
+        _, origin = parse_position(await self._caller.call(call))
+        return origin
 
     async def _keeps(self) -> bool:
         """Whether the server certainly keeps every acknowledged write over a restart. Raises Unavailable."""
@@ -317,11 +315,11 @@ class RedisBroker:
             call = self._library.tick(
                 self._seen, self._node, session.token, self._listener.about(), self._next_audits(session)
             )
-            _, run = parse_position(await self._caller.call(call))
+            _, origin = parse_position(await self._caller.call(call))
         except PushUpError as error:
             session.end(str(error))
             return
-        if run != session.run or self._caller.address != session.address:
+        if origin != session.origin or self._caller.address != session.address:
             session.end("another server has taken over")
             return
         await asyncio.wait({echo, session.ended}, timeout=ECHO_S, return_when=asyncio.FIRST_COMPLETED)
@@ -339,16 +337,15 @@ class RedisBroker:
 
     # What is heard
 
-    def _hear(self, session: Session, heard_on: bytes, payload: bytes) -> None:
+    def _hear(self, session: Session, name: str | None, payload: bytes) -> None:
         try:
-            name = self._library.channel_of(heard_on)
             if name is None:
                 self._hear_echo(session, parse_echo(payload))
                 return
             event = parse_event(payload)
         except (PushUpError, ValueError) as error:
             # Not ours. Had it been a message, the next one's `prev` or an audit would tell.
-            log.error("heard what PushUp did not say", extra={"on": heard_on.decode(errors="replace"), "error": error})
+            log.error("heard what PushUp did not say", extra={"channel": name, "error": error})
             return
         if session is not self._session or not session.watches(name):
             return
@@ -368,8 +365,8 @@ class RedisBroker:
     def _hear_echo(self, session: Session, echo: Echo) -> None:
         if echo.token != session.token:
             return
-        if echo.run != session.run:
-            session.end("the server was restarted")
+        if echo.origin != session.origin:
+            session.end("the server was restarted, or lost the realm")
             return
         self._echoed = asyncio.get_running_loop().time()
         self._echo_position = echo.position
@@ -389,8 +386,8 @@ class RedisBroker:
         self._listener.on_position()
 
     def _prove(self, session: Session) -> None:
-        if session.run != self._run:
-            self._run, self._seen_there = session.run, 0
+        if session.origin != self._origin:
+            self._origin, self._seen_there = session.origin, 0
         self._session = session
         self._last_heard.clear()
         self._audits.clear()
@@ -427,13 +424,13 @@ class RedisBroker:
             session = self._session
             assert session is not None
             try:
-                await session.subscribe([self._library.announcements(name) for name in names])
+                await session.subscribe([session.pubsub.announcements(name) for name in names])
             except Lost:
                 await asyncio.sleep(PAUSE_S)  # The supervisor will see it, too.
                 continue
             call = self._library.read(self._seen, self._node, session.token, wanted)
-            histories, _, run = parse_histories(await self._caller.call(call), names)
-            if session.ended.done() or run != session.run:
+            histories, _, origin = parse_histories(await self._caller.call(call), names)
+            if session.ended.done() or origin != session.origin:
                 # What was read and what is heard may be of two servers.
                 session.end("another server has taken over")
                 await asyncio.sleep(PAUSE_S)
@@ -451,7 +448,7 @@ class RedisBroker:
         for name in channels:
             self._last_heard.pop(name, None)
         if self._session is not None:
-            self._session.unsubscribe([self._library.announcements(name) for name in channels])
+            self._session.unsubscribe([self._session.pubsub.announcements(name) for name in channels])
 
     async def publish(self, publications: Sequence[Publication]) -> Sequence[Receipt | PushUpError]:
         loop = asyncio.get_running_loop()
@@ -479,9 +476,9 @@ class RedisBroker:
     def _receipt(self, reply: tuple[Receipt, str] | PushUpError) -> Receipt | PushUpError:
         if isinstance(reply, PushUpError):
             return reply
-        receipt, run = reply
+        receipt, origin = reply
         self._seen = max(self._seen, receipt.id)
-        if run == self._run:
+        if origin == self._origin:
             self._seen_there = max(self._seen_there, receipt.id)
         return receipt
 

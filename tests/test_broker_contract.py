@@ -1,6 +1,6 @@
 """The contract of `broker.Broker`, run against every broker there is."""
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from itertools import pairwise
 from uuid import uuid4
@@ -9,6 +9,8 @@ import pytest
 from fakeredis import FakeAsyncRedisConnection, FakeServer
 from redis.asyncio.connection import AbstractConnection
 
+from cluster import Cluster
+from cluster.state import Kind
 from pushup.address import Address
 from pushup.broker import Broker
 from pushup.errors import ChannelExists, ChannelNotFound, KeyReused
@@ -82,19 +84,38 @@ async def redis_broker(
         await broker.stop()
 
 
-@asynccontextmanager
-async def standalone(retention: Retention) -> AsyncIterator[tuple[Broker, Recorder]]:
-    async with redis_broker(parse_servers("redis://127.0.0.1:7771"), retention) as started:
-        yield started
+@pytest.fixture(scope="module")
+def sentinel_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A master and two replicas, which three sentinels watch."""
+    yield from _url(tmp_path_factory, "sentinel")
 
 
-BROKERS: dict[str, Callable[[Retention], Started]] = {"memory": memory, "fakeredis": fake, "redis": standalone}
+@pytest.fixture(scope="module")
+def cluster_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Three masters, over which the tests' realms spread, with a replica each."""
+    yield from _url(tmp_path_factory, "cluster")
 
 
-@pytest.fixture(params=BROKERS)
-def broker(request: pytest.FixtureRequest) -> Callable[..., Started]:
-    make = BROKERS[request.param]
-    return lambda **retention: make(Retention(**retention))
+def _url(tmp_path_factory: pytest.TempPathFactory, store: Kind) -> Iterator[str]:
+    cluster = Cluster.up(tmp_path_factory.mktemp(store), nodes=1, store=store)
+    try:
+        yield cluster.broker
+    finally:
+        cluster.down()
+
+
+@pytest.fixture(params=["memory", "fakeredis", "redis", "sentinel", "cluster"])
+def broker(request: pytest.FixtureRequest) -> "Make":
+    match request.param:
+        case "memory":
+            return lambda **retention: memory(Retention(**retention))
+        case "fakeredis":
+            return lambda **retention: fake(Retention(**retention))
+        case "redis":
+            url = request.getfixturevalue("redis_server").url
+        case store:
+            url = request.getfixturevalue(f"{store}_url")
+    return lambda **retention: redis_broker(parse_servers(url), Retention(**retention))
 
 
 Make = Callable[..., Started]
@@ -418,3 +439,27 @@ async def test_channels_are_listed_by_name_in_pages(broker: Make) -> None:
 
         assert [info.channel for info in first] == ["a", "b", "c"]
         assert [info.channel for info in second] == ["d"]
+
+
+async def test_a_broker_that_is_connected_is_ready_and_lists_its_node(broker: Make) -> None:
+    """The node says of itself what its listener does."""
+    async with broker() as (store, _):
+        (node,) = await store.nodes()
+
+        assert store.ready
+        assert (node.name, node.address, node.state) == (ABOUT.name, ABOUT.address, ABOUT.state)
+
+
+async def test_odd_names_and_data_come_back_as_they_were(broker: Make) -> None:
+    """Whatever a channel may be called, and whatever JSON holds."""
+    name, data = 'a b"{}\\/:* é 🎈', '{"é":["\\"",1.50,-0,null]}'.encode()
+    async with broker() as (store, recorder):
+        await watch(store, name)
+        id = await publish(store, name, data=data)
+        await caught_up(store, id)
+        (message,) = (await watch(store, name)).messages
+        (info,) = await store.channels("", 10)
+
+        assert recorder.heard == [(name, id, 0)]
+        assert (message.channels, message.data) == ((name,), data)
+        assert info.channel == name

@@ -3,6 +3,8 @@
 import asyncio
 import json
 import math
+import socket
+import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -397,11 +399,12 @@ async def test_garbage_on_a_channel_harms_nobody(redis_server: RedisServer) -> N
     """Whoever has Redis may announce anything; what is not ours is ignored, and the rest is heard."""
     async with deaf_broker(redis_server) as (broker, recorder, _):
         await broker.watch({"a": 0})
-        library = broker._library
+        assert broker._session is not None
+        pubsub = broker._session.pubsub
         with redis_server.client() as stranger:
             for payload in (b"", b"nonsense", b"1 [", b"12 {}", b"closed never", b"\xff\xfe"):
-                stranger.execute_command("SPUBLISH", library.announcements("a"), payload)
-                stranger.execute_command("SPUBLISH", library.echoes("me"), payload)
+                stranger.execute_command("SPUBLISH", pubsub.announcements("a"), payload)
+                stranger.execute_command("SPUBLISH", pubsub.echoes("me"), payload)
         id = await _publish(broker, b"1")
         await caught_up(broker, id)
 
@@ -428,3 +431,62 @@ async def _publish(broker: RedisBroker, data: bytes) -> int:
     (receipt,) = await broker.publish([Publication(("a",), data)])
     assert isinstance(receipt, Receipt)
     return receipt.id
+
+
+async def test_databases_of_one_server_do_not_hear_each_other(redis_server: RedisServer) -> None:
+    """Redis' pub/sub knows nothing of databases; realms of the same name in two of them are apart all the same."""
+    realm = uuid4().hex
+    async with (
+        running(broker=f"{redis_server.url}/1", realm=realm) as one,
+        running(broker=f"{redis_server.url}/2", realm=realm) as two,
+        connected(one) as here,
+        connected(two) as there,
+    ):
+        await poll(there, "a", hold=0)
+        await here.publish("a", data=1)
+        id = await there.publish("a", data=2)
+
+        assert ids(await poll(there, "a")) == [id]
+
+
+async def test_user_and_password_come_from_the_url(own_redis: RedisServer) -> None:
+    """Percent-encoded, as URLs have them."""
+    with own_redis.client() as operator:
+        operator.execute_command("ACL", "SETUSER", "node", "on", ">p@ss/word", "~pushup:*", "&pushup:*", "+@all")
+    url = own_redis.url.replace("redis://", "redis://node:p%40ss%2Fword@")
+    async with running(broker=url) as server, connected(server) as client:
+        id = await client.publish("a")
+
+        assert ids(await poll(client, "a")) == [id]
+        assert "p@ss" not in server.node.broker.name
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    """A certificate for 127.0.0.1 that nobody but this test trusts; its key beside it."""
+    path = tmp_path / "redis.pem"
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=redis -addext subjectAltName=IP:127.0.0.1"
+    subprocess.run(
+        [*command.split(), "-keyout", path.with_suffix(".key"), "-out", path], check=True, capture_output=True
+    )
+    return path
+
+
+async def test_redis_over_tls(tmp_path: Path, certificate: Path) -> None:
+    """`rediss://` with the certificate to trust, and not without it."""
+    key = certificate.with_suffix(".key")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    lines = (f"tls-port {port}", f"tls-cert-file {certificate}", f"tls-key-file {key}", "tls-auth-clients no")
+    with RedisServer(tmp_path, *lines):
+        async with (
+            running(broker=f"rediss://127.0.0.1:{port}?ssl_ca_certs={certificate}") as server,
+            connected(server) as client,
+        ):
+            id = await client.publish("a")
+
+            assert ids(await poll(client, "a")) == [id]
+
+        with pytest.raises(Unavailable, match="certificate"):
+            async with running(broker=f"rediss://127.0.0.1:{port}", broker_timeout=0.5):
+                pass
