@@ -239,12 +239,12 @@ class RedisBroker:
         while True:
             sessions = self.sessions
             try:
-                self._trouble = await self._serve()
+                reason = await self._serve()
             except (Lost, PushUpError) as error:
-                self._trouble = str(error)
+                reason = str(error)
             except Exception:
                 log.exception("a session failed")
-                self._trouble = "an error in PushUp"
+                reason = "an error in PushUp"
             if self.sessions > sessions:
                 pause = PAUSE_S
             log.warning("lost the broker", extra={"broker": self.name, "reason": reason})
