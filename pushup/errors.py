@@ -130,3 +130,5 @@ class Unavailable(PushUpError):
 
 class BrokerRefused(Unavailable):
     """The broker would not do it: it lacks memory, or we lack a permission."""
+
+    code = "broker_refused"
