@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
 from cluster.errors import ClusterError
-from cluster.processes import HOST, Process, find_programs, wait_until, write_atomically
+from cluster.processes import HOST, Process, find_programs, write_atomically
 
 START_S: Final = 20.0
 SEE_S: Final = 20.0
@@ -43,8 +43,9 @@ defaults
     option dontlognull
     timeout connect 2s
     timeout check 2s
-    # A poll is silent until it is answered, {hold:g} s at most: these two must be longer. `timeout tunnel` has no part in
-    # that, whatever its name suggests: it is for WebSocket, and for TCP once both sides have spoken, see below.
+    # A poll is silent until it is answered, {hold:g} s at most, so these two must be longer. Over HTTP `timeout tunnel`
+    # has no part in that, whatever its name suggests: it is for WebSocket. Over TCP it would take the place of both,
+    # so it is not set there.
     timeout client {silence}s
     timeout server {silence}s
     retries 3
@@ -194,9 +195,10 @@ class Proxy(Process):
         """What it thinks of each server, by backend and name: up, down, drain, nolb (not ready), unchecked."""
         rows = csv.DictReader(self.ask("show stat").removeprefix("# ").splitlines())
         return {
-            (row["pxname"], row["svname"]): row["status"].split()[0].lower() if row["check_status"] else "unchecked"
+            # The result of a check is L4… or L7…; INI is none yet.
+            (row["pxname"], row["svname"]): status.split()[0].lower() if "L" in row["check_status"] else "unchecked"
             for row in rows
-            if row["svname"] not in ("FRONTEND", "BACKEND")
+            if (status := row["status"]) and row["svname"] not in ("FRONTEND", "BACKEND")
         }
 
     def drain(self, name: str) -> None:
@@ -204,9 +206,9 @@ class Proxy(Process):
 
         Told to former workers too: they have clients that may come back to them once more, and check no health.
         """
-        commands = [f"set server {backend}/{name} state drain" for backend in (HTTP_NODES, TCP_NODES)]
         for worker in self._workers():
-            self.ask("; ".join(f"@!{worker} {command}" for command in commands), "master.sock")
+            for backend in (HTTP_NODES, TCP_NODES):
+                self.ask(f"@!{worker} set server {backend}/{name} state drain", "master.sock")
 
     def ask(self, command: str, where: str = "haproxy.sock") -> str:
         """What it says to a command on one of its sockets; nothing if it does not answer."""
@@ -237,9 +239,3 @@ class Proxy(Process):
         """The pids of all workers, former ones included."""
         rows = [line.split() for line in self.ask("show proc", "master.sock").splitlines()]
         return [row[0] for row in rows if len(row) > 1 and row[1] == "worker"]
-
-
-def quiet(proxy: Proxy, patience_s: float) -> bool:
-    """Soft stop: listen no more. Whether the last client has gone in time."""
-    proxy.tell(signal.SIGUSR1)
-    return wait_until(lambda: not proxy.alive, patience_s)

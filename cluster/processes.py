@@ -11,7 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 import msgspec
 
@@ -22,6 +22,7 @@ STEP_S: Final = 0.02
 SIGNAL_S: Final = 10.0
 """How long the kernel may take to kill or to stop a process."""
 
+LOGS: Final = "logs"
 LOG_LINES: Final = 15
 PACKAGES: Final[Mapping[str, str]] = {
     "haproxy": "haproxy",
@@ -80,7 +81,7 @@ def free_ports(count: int, taken: Collection[int] = ()) -> Sequence[int]:
     start at the same time do not meet.
     """
     first = int(PORT_RANGE.read_text().split()[0])
-    end = first if PORT_FIRST < first - 1000 else PORT_END
+    end = first if first - PORT_FIRST > 1000 else PORT_END
     found: list[int] = []
     for port in random.sample(range(PORT_FIRST, end), end - PORT_FIRST):
         if len(found) == count:
@@ -116,7 +117,7 @@ class Process:
         self.address = address
         """HOST:PORT it serves on."""
         self.directory = state / name
-        self.log = state / "logs" / f"{name}.log"
+        self.log = state / LOGS / f"{name}.log"
         self._pid_file = self.directory / "pid"
 
     def __repr__(self) -> str:

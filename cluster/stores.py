@@ -3,6 +3,7 @@
 import signal
 import subprocess
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
@@ -167,10 +168,12 @@ def _watch(stores: Sequence[Store], sentinels: Sequence[Process]) -> None:
         replica.expect(replica.follows, FORM_S, "in touch with its master")
     (program,) = find_programs("redis-server")
     for sentinel in sentinels:
-        _configure(sentinel, SENTINEL_CONFIG.format(host=HOST, port=_port(sentinel), master=_port(master), service=SERVICE))
+        config = SENTINEL_CONFIG.format(host=HOST, port=_port(sentinel), master=_port(master), service=SERVICE)
+        _configure(sentinel, config)
         sentinel.launch([program, "redis.conf", "--sentinel"])
+    others = (len(replicas), len(sentinels) - 1)
     for sentinel in sentinels:
-        sentinel.expect(lambda: _sees_all(sentinel, len(replicas), len(sentinels) - 1), FORM_S, "aware of all others")
+        sentinel.expect(partial(_sees_all, sentinel, *others), FORM_S, "aware of all others")
 
 
 def _sees_all(sentinel: Process, replicas: int, others: int) -> bool:
@@ -194,15 +197,15 @@ def _join(stores: Sequence[Store]) -> None:
     if created.returncode:
         raise ClusterError(f"redis-cli made no cluster: {created.stdout.strip()} {created.stderr.strip()}")
     for store in stores:
-        store.expect(lambda: _is_member(store, len(stores)), FORM_S, "a member of the cluster")
+        store.expect(partial(_is_member, store, len(stores)), FORM_S, "a member of the cluster")
     # Any of them may have become a replica.
     if not wait_until(lambda: sum(store.follows() for store in stores) == len(stores) - MASTERS, FORM_S):
         raise ClusterError(f"the replicas of the Redis Cluster are not in touch with their masters after {FORM_S:g} s")
 
 
 def _is_member(store: Store, size: int) -> bool:
-    facts = ask(store.address, "CLUSTER", "INFO") or {}
-    return facts.get("cluster_state") == "ok" and int(facts["cluster_known_nodes"]) == size
+    facts = (ask(store.address, "CLUSTER", "INFO") or "").splitlines()
+    return "cluster_state:ok" in facts and f"cluster_known_nodes:{size}" in facts
 
 
 def _configure(server: Process, config: str) -> None:
