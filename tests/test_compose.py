@@ -345,46 +345,71 @@ async def test_a_node_that_drains_answers_its_polls_itself(certificate: Path, tm
 
 
 async def test_the_polls_of_a_node_that_dies_go_to_another_one(certificate: Path, tmp_path: Path) -> None:
-    """The client does not notice. Only GET /poll is repeated: of anything else nobody knows whether it was done."""
+    """The client does not notice. Only a poll with a cursor is repeated: anything else might miss or do something."""
     async with stack(certificate, tmp_path) as front, front.node(2) as survivor, connected(survivor) as publisher:
         dying = await front.replica(1)
         front.named(1)
         await front.active(1)
-        get, post = [await front.connect("web") for _ in range(2)]
+        get, latest, post = [await front.connect("web") for _ in range(3)]
         get.send("GET /poll?channel=a&start=0&timeout=60 HTTP/1.1\r\nHost: test\r\n\r\n")
+        latest.send("GET /poll?channel=a&start=latest HTTP/1.1\r\nHost: test\r\n\r\n")
         post.send("POST /poll HTTP/1.1\r\nHost: test\r\nContent-Length: 2\r\n\r\n{}")
         await dying.asked_for("GET /poll?channel=a&start=0&timeout=60")
+        await dying.asked_for("GET /poll?channel=a&start=latest")
         await dying.asked_for("POST /poll")
         front.named(1, 2)
         await front.active(2)
 
         await dying.die()
-        lost = await post.reply()
+        lost = [await client.reply() for client in (latest, post)]
         await parked(survivor, 1)
         await publisher.publish("a", data="news")
         answer = await get.reply()
-        for client in (get, post):
+        for client in (get, latest, post):
             await client.close()
 
-    assert lost.status == 502
+    assert [reply.status for reply in lost] == [502, 502]
     assert [message["data"] for message in answer.json["messages"]] == ["news"]
 
 
-async def test_the_polls_of_a_node_that_freezes_are_ended(certificate: Path, tmp_path: Path) -> None:
-    """Its connections look healthy, so it is the check that notices; clients need not wait for their own timers."""
-    async with stack(certificate, tmp_path) as front:
-        frozen = await front.replica(1)
+async def test_the_poll_of_a_client_that_has_gone_is_let_go(certificate: Path, tmp_path: Path) -> None:
+    """At once, as without a proxy: else it would be parked for the rest of its time."""
+    async with stack(certificate, tmp_path) as front, front.node(1) as node:
         front.named(1)
         await front.active(1)
         client = await front.connect("web")
         client.send("GET /poll?channel=a&timeout=60 HTTP/1.1\r\nHost: test\r\n\r\n")
-        await frozen.asked_for("GET /poll?channel=a&timeout=60")
+        await parked(node, 1)
 
-        frozen.healthy = False
-        ended = await client.reply()
         await client.close()
 
-    assert ended.status == 503
+        await parked(node, 0)
+        assert node.metrics.answers["gone"] == 1
+
+
+async def test_the_polls_of_a_node_that_freezes_go_to_another_one(certificate: Path, tmp_path: Path) -> None:
+    """Its connections look healthy, so it is the check that notices; clients need not wait for their own timers."""
+    async with stack(certificate, tmp_path) as front, front.node(2) as other:
+        frozen = await front.replica(1)
+        front.named(1)
+        await front.active(1)
+        poll, post = [await front.connect("web") for _ in range(2)]
+        poll.send("GET /poll?channel=a&start=7&timeout=60 HTTP/1.1\r\nHost: test\r\n\r\n")
+        post.send("POST /poll HTTP/1.1\r\nHost: test\r\nContent-Length: 2\r\n\r\n{}")
+        await frozen.asked_for("GET /poll?channel=a&start=7&timeout=60")
+        await frozen.asked_for("POST /poll")
+        front.named(1, 2)
+        await front.active(2)
+
+        frozen.healthy = False
+        ended = await post.reply()
+        answer = await poll.reply()
+        for client in (poll, post):
+            await client.close()
+
+    assert ended.status == 502
+    assert (answer.status, answer.json["messages"]) == (200, [])
+    assert other.metrics.requests_lane == 1
 
 
 def test_the_certificate_is_made_once(certificate: Path, tmp_path: Path) -> None:
