@@ -32,6 +32,7 @@ from pushup.messages import (
     Publication,
     Receipt,
     Retention,
+    nests_too_deep,
     show_channel,
 )
 
@@ -217,20 +218,21 @@ def parse_histories(reply: Any, names: Sequence[str]) -> tuple[dict[str, History
 def parse_message(text: bytes) -> Message:
     """A stored message.
 
-    Redis checks less strictly than we do that a direct publisher's data is JSON: what slipped through (NaN, say) is
-    shown as a string, so that it spoils nobody's answer.
+    Redis checks less strictly than we do that a direct publisher's data is JSON. What slipped through (NaN, or very
+    deep nesting) is shown as a string, so that it spoils nobody's answer.
     """
     try:
         id, channels, raw = _MESSAGE.decode(text)
         data = bytes(raw)
-        _ANYTHING.decode(data)  # Raw leaves strings and numbers unchecked.
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        loose = _LOOSE_MESSAGE.fullmatch(text)
-        if loose is None:
-            raise Unavailable("Redis holds something that PushUp did not write there") from None
-        id, channels = int(loose[1]), tuple(msgspec.json.decode(loose[2], type=list[str]))
-        data = msgspec.json.encode(loose[3].decode(errors="replace"))
-    return Message(id, channels, data)
+        if not nests_too_deep(data, _ANYTHING.decode(data)):  # Raw leaves strings and numbers unchecked.
+            return Message(id, channels, data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        pass
+    loose = _LOOSE_MESSAGE.fullmatch(text)
+    if loose is None:
+        raise Unavailable("Redis holds something that PushUp did not write there")
+    names = msgspec.json.decode(loose[2], type=tuple[str, ...])
+    return Message(int(loose[1]), names, msgspec.json.encode(loose[3].decode(errors="replace")))
 
 
 def parse_nodes(reply: Any) -> tuple[list[NodeInfo], int]:

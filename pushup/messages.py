@@ -18,6 +18,9 @@ LATEST: Final = -1
 
 MAX_NAME_BYTES: Final = 255
 
+NESTING_MAX: Final = 100
+"""How many arrays and objects of a message's data may be in one another. Receivers' parsers have limits, too."""
+
 _INTEGER = re.compile(r"[0-9]+\Z")
 
 
@@ -57,6 +60,23 @@ def is_integer(name: str) -> bool:
 def show_channel(name: str) -> str | int:
     """The channel as JSON shows it: a number for an integer channel, else its name."""
     return int(name) if is_integer(name) else name
+
+
+def nests_too_deep(text: bytes, value: Any) -> bool:
+    """Whether a JSON text, and the value it was decoded to, nest more than NESTING_MAX levels. O(n)."""
+    if text.count(b"[") + text.count(b"{") <= NESTING_MAX:
+        return False
+    containers: list[Any] = [[value]]
+    for _ in range(NESTING_MAX + 1):
+        containers = [
+            child
+            for container in containers
+            for child in (container.values() if type(container) is dict else container)
+            if type(child) is list or type(child) is dict
+        ]
+        if not containers:
+            return False
+    return True
 
 
 class Message:

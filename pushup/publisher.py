@@ -18,7 +18,7 @@ import msgspec
 from pushup.caller import Caller
 from pushup.errors import InvalidParameter, PushUpError
 from pushup.library import Library
-from pushup.messages import Publication, Receipt, parse_channel
+from pushup.messages import NESTING_MAX, Publication, Receipt, nests_too_deep, parse_channel
 from pushup.redis_url import parse_servers
 
 _T = TypeVar("_T")
@@ -40,8 +40,11 @@ def make_publication(channels: Channels, data: Any, key: str | None = None) -> P
         raise InvalidParameter("key", "key is a string of 1 to 255 characters")
     try:
         text = msgspec.json.encode(data)
-    except (TypeError, ValueError) as error:
+        deep = nests_too_deep(text, msgspec.json.decode(text))
+    except (TypeError, ValueError, RecursionError) as error:
         raise InvalidParameter("data", f"data cannot be JSON: {error}") from None
+    if deep:
+        raise InvalidParameter("data", f"the data is nested more than {NESTING_MAX} levels deep")
     return Publication(tuple(dict.fromkeys(map(parse_channel, names))), text, key)
 
 

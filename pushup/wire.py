@@ -16,12 +16,14 @@ from pushup.errors import InvalidParameter, InvalidRequest, PushUpError, TooLarg
 from pushup.messages import (
     LATEST,
     MAX_ID,
+    NESTING_MAX,
     ChannelInfo,
     ChannelOptions,
     Poll,
     Publication,
     Receipt,
     is_integer,
+    nests_too_deep,
     parse_channel,
     show_channel,
 )
@@ -29,9 +31,6 @@ from pushup.settings import Settings
 
 KEY_LENGTH_MAX: Final = 255
 SECONDS_MAX: Final = 1_000_000_000
-NESTING_MAX: Final = 100
-"""How many arrays and objects of a message's data may be in one another. Receivers' parsers have limits, too."""
-
 NAME_SHOWN_MAX: Final = 100
 """Of an unknown parameter's name an error shows this many characters."""
 
@@ -225,22 +224,8 @@ def _check_data(data: bytes) -> None:
         value = _decode(_anything, data, "data")  # Raw leaves strings and numbers unchecked.
     except InvalidRequest as error:
         raise InvalidParameter("data", error.detail) from None
-    if data.count(b"[") + data.count(b"{") > NESTING_MAX and _is_deep(value):
+    if nests_too_deep(data, value):
         raise InvalidParameter("data", f"the data is nested more than {NESTING_MAX} levels deep")
-
-
-def _is_deep(value: Any) -> bool:
-    containers: list[Any] = [[value]]
-    for _ in range(NESTING_MAX + 1):
-        containers = [
-            child
-            for container in containers
-            for child in (container.values() if type(container) is dict else container)
-            if type(child) is list or type(child) is dict
-        ]
-        if not containers:
-            return False
-    return True
 
 
 def _key(member: str | UnsetType, header: str | None) -> str | None:
