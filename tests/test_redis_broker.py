@@ -490,3 +490,17 @@ async def test_redis_over_tls(tmp_path: Path, certificate: Path) -> None:
         with pytest.raises(Unavailable, match="certificate"):
             async with running(broker=f"rediss://127.0.0.1:{port}", broker_timeout=0.5):
                 pass
+
+
+async def test_a_poll_of_cold_channels_does_not_wait_for_a_tick(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Channels that were read at different times are in step as soon as the read's own echo is heard."""
+    monkeypatch.setattr(pushup.redis_broker, "TICK_S", 3600.0)
+    realm = uuid4().hex
+    async with node(redis_server, realm) as (_, client):
+        first = publish_directly(redis_server, "a", realm=realm)
+        assert ids(await poll(client, "a")) == [first]
+        second = publish_directly(redis_server, "b", realm=realm)
+
+        assert ids(await poll(client, "a", "b")) == [first, second]
