@@ -98,7 +98,7 @@ class HttpWay:
 def _outcome(result: dict[str, Any]) -> tuple[Outcome, str]:
     if "id" in result:
         return result["id"], ""
-    return ("refused" if result["status"] < 500 else "unknown"), json.dumps(result)
+    return ("refused" if result["error"]["status"] < 500 else "unknown"), json.dumps(result["error"])
 
 
 class DirectWay:
