@@ -21,7 +21,7 @@
 --
 -- Numbers are exact doubles (ids stay below 2^53); `text` writes them, as Lua's own form has 14 digits only.
 
-local VERSION = 2
+local VERSION = 1
 local SECOND = 1000000
 local DAY = 86400 * SECOND
 local MAX_ID = 9007199254740991
@@ -59,6 +59,9 @@ end
 
 local function guarded(callback)
   return function(keys, args)
+    if not keys[1] or not string.find(keys[1], '^pushup:{[%w._-]+}$') then
+      return redis.error_reply('INVALID the key is pushup:{REALM}')
+    end
     local good, result = pcall(callback, keys[1], args)
     if good then
       return result
