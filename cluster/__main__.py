@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{given.node} has ended; nodes: {', '.join(node.name for node in cluster.nodes) or 'none'}")
         elif given.command == "kill":
             cluster.kill(given.node)
-            print(f"{given.node} is dead; `{_command('scale', given.state)} {len(cluster.nodes)}` replaces it")
+            print(f"{given.node} is dead; `{_command(f'scale {len(cluster.nodes)}', given.state)}` replaces it")
         else:
             cluster.down(keep_logs=given.keep_logs)
             print("everything has stopped")
@@ -117,22 +117,17 @@ def _settings(parser: argparse.ArgumentParser, given: Sequence[str]) -> Mapping[
 def welcome(cluster: Cluster, state: Path) -> str:
     """What a person needs to know of a cluster that has just been started."""
     count = len(cluster.nodes)
-    if cluster.example:
-        public = "/poll, /events and /ws of the nodes, and the example web application: open it in two windows"
-        first = f"open http://{cluster.public}"
-    else:
-        public = "/poll, /events and /ws of the nodes"
-        first = f"curl 'http://{cluster.public}/poll?channel=news&timeout=60'"
+    example = ", and the example web application: open it in two windows" if cluster.example else ""
     lines = [
         f"{count} node{'s' if count > 1 else ''}, Redis {cluster.store}, HAProxy; state and logs in {state}",
         "",
-        f"  for browsers    http://{cluster.public}    {public}",
+        f"  for browsers    http://{cluster.public}    /poll, /events and /ws of the nodes{example}",
         f"  for back ends   http://{cluster.tcp}    the nodes' whole API, in turns",
         f"  for publishers  {cluster.broker}",
         *[f"  {node.name:15} http://{node.address}    admin http://{node.admin_address}" for node in cluster.nodes],
         "",
         "Try next:",
-        f"  {first}",
+        f"  curl 'http://{cluster.public}/poll?channel=news&timeout=60'",
         f"  curl http://{cluster.tcp}/publish -d " + """'{"channels":["news"],"data":{"headline":"It works"}}'""",
         *[f"  {_command(command, state)}" for command in ("status", f"scale {count + 1}", "drain node1", "down")],
     ]

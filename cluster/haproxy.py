@@ -67,8 +67,9 @@ frontend public
     option idle-close-on-response
     option forwardfor
     # Exactly these: publishing is for back ends.
-    use_backend {http_nodes} if {{ path {paths} }}
-{otherwise}
+    acl polls path {paths}
+{otherwise}    use_backend {http_nodes} if polls
+
 backend {http_nodes}
     mode http
     balance leastconn
@@ -124,8 +125,7 @@ def render(public: int, tcp: int, servers: Sequence[Server], example: int, hold_
         otherwise = "    default_backend example\n"
     else:
         text = NO_EXAMPLE.format(host=HOST, tcp=tcp)
-        unless = f"unless {{ path {PATHS} }}"
-        otherwise = f'    http-request return status 404 content-type text/plain string "{text}\\n" {unless}\n'
+        otherwise = f'    http-request return status 404 content-type text/plain string "{text}\\n" unless polls\n'
     lines = [f"    server {server.name} {HOST}:{server.port} port {server.check_port}\n" for server in servers]
     silence = int(hold_s) + HOLD_SPARE_S
     return CONFIG.format(

@@ -22,6 +22,7 @@ ASK_S: Final = 2.0
 DRAIN_SPARE_S: Final = 15.0
 """How much longer than its drain window a node may take to end."""
 
+LOAD: Final = ("parked", "channels", "publications", "deliveries")
 OURS: Final = ("listen", "admin_listen", "broker", "name")
 
 
@@ -53,27 +54,37 @@ def fetch(address: str, path: str) -> tuple[int, Any]:
 
 
 class Node(Process):
-    """One PushUp node. `drain_s`: its drain window."""
+    """One PushUp node, of one or more processes. `given`: its settings as they were, `settings`: as they are."""
 
-    def __init__(self, state: Path, name: str, address: str, admin_address: str, drain_s: float) -> None:
-        super().__init__(state, name, address)
-        self.admin_address = admin_address
-        self._drain_s = drain_s
+    def __init__(
+        self, state: Path, name: str, port: int, admin_port: int, given: Mapping[str, str], settings: Settings
+    ) -> None:
+        super().__init__(state, name, f"{HOST}:{port}")
+        self.admin_address = f"{HOST}:{admin_port}"
+        # Each further worker has the next port for that.
+        self._admin_addresses = [f"{HOST}:{admin_port + worker}" for worker in range(settings.workers)]
+        self._given = given
+        self._drain_s = settings.drain_window
 
-    def start(self, broker: str, settings: Mapping[str, str]) -> None:
+    def start(self, broker: str) -> None:
         """Start it; it is ready later."""
         own = {"name": self.name, "listen": self.address, "admin_listen": self.admin_address, "broker": broker}
-        flags = [f"{FIELDS[name].flag}={value}" for name, value in {**own, **settings}.items()]
+        flags = [f"{FIELDS[name].flag}={value}" for name, value in {**own, **self._given}.items()]
         self.launch([sys.executable, "-m", "pushup", "serve", *flags], ROOT)
 
     def ready(self) -> bool:
-        """Whether it says that clients should be sent to it."""
-        return fetch(self.admin_address, "/health/ready")[0] == 200
+        """Whether it says, with all its workers, that clients should be sent to it."""
+        return all(fetch(address, "/health/ready")[0] == 200 for address in self._admin_addresses)
 
-    def figures(self) -> Mapping[str, Mapping[str, Any]]:
-        """What this node knows of all of them, itself included: their load, by name."""
+    def load(self) -> Mapping[str, Mapping[str, int]]:
+        """What this node knows of the load of all nodes, itself included, by address; nothing if it does not say."""
         status, said = fetch(self.admin_address, "/nodes")
-        return {facts["name"]: facts for facts in said["nodes"]} if status == 200 else {}
+        loads: dict[str, dict[str, int]] = {}
+        for worker in said["nodes"] if status == 200 else ():
+            load = loads.setdefault(worker["address"], dict.fromkeys(LOAD, 0))
+            for figure in LOAD:
+                load[figure] += worker[figure]
+        return loads
 
     def drain(self) -> bool:
         """SIGTERM: readiness off, parked polls answered over the drain window, the end. Whether it came in time."""

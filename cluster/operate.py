@@ -11,13 +11,15 @@ import msgspec
 
 from cluster.errors import ClusterError, Refused
 from cluster.haproxy import HTTP_NODES, Proxy, Server
-from cluster.nodes import START_S, Example, Node, check_settings, drain
+from cluster.nodes import LOAD, START_S, Example, Node, check_settings, drain
 from cluster.processes import HOST, LOGS, Process, find_programs, free_ports, stop, why_taken
 from cluster.state import NodeState, State, StateFile
 from cluster.stores import SIZES, STOP_S, Kind, Store, broker_url, check_version, start_stores
 
 LINGER_S: Final = 2.0
 """How long HAProxy may take, at the end, to pass on the last answers and to see clients off."""
+
+PORTS: Final = 65536
 
 _P = TypeVar("_P", bound=Process)
 
@@ -55,8 +57,7 @@ class Cluster:
         check_settings(settings)
         find_programs("redis-server", "haproxy", *(["redis-cli"] if store == "cluster" else []))
         check_version()
-        if port and (reason := why_taken(port)):
-            raise Refused(f"port {port} of {HOST} cannot be had: {reason}. Name another --port, or none for a free one")
+        _check_port(port)
         cluster = cls(state)
         made = _make(cluster.directory)
         try:
@@ -200,7 +201,7 @@ class Cluster:
 
     def status(self) -> Mapping[str, Any]:
         """Everything about it as a JSON-ready dict. `whole` says whether all of it runs and is ready."""
-        figures = next((known for node in self.nodes if (known := node.figures())), {})
+        loads = next((known for node in self.nodes if (known := node.load())), {})
         proxy, seen = self.proxy, self.proxy.servers()
         rows: list[dict[str, Any]] = []
         for process in self.processes:
@@ -216,8 +217,7 @@ class Cluster:
             if isinstance(process, Node):
                 row["admin_address"] = process.admin_address
                 row["haproxy"] = seen.get((HTTP_NODES, process.name), "unknown") if proxy.alive else "unknown"
-                facts = figures.get(process.name, {})
-                row |= {name: facts.get(name) for name in ("parked", "channels", "publications", "deliveries")}
+                row |= (loads.get(process.address) if process.alive else None) or dict.fromkeys(LOAD)
             rows.append(row)
         good = {"running", "ready", "master", "replica"}
         return {
@@ -243,17 +243,18 @@ class Cluster:
     def _add(self, count: int) -> None:
         """Start nodes and wait until they are ready; none is left if one fails."""
         state = self._file.read()
-        ports = iter(free_ports(2 * count, state.ports))
+        ports = free_ports(count, state.ports)
+        admin_ports = free_ports(count, {*state.ports, *ports}, check_settings(state.settings).workers)
         fresh = [
-            NodeState(f"node{number}", next(ports), next(ports))
-            for number in range(state.names + 1, state.names + count + 1)
+            NodeState(f"node{number}", port, admin_port)
+            for number, (port, admin_port) in enumerate(zip(ports, admin_ports, strict=True), state.names + 1)
         ]
         # Named before they are started, so that `down` finds them whatever happens to this command.
         self._file.write(msgspec.structs.replace(state, nodes=(*state.nodes, *fresh), names=state.names + count))
         nodes = self.nodes[len(state.nodes) :]
         try:
             for node in nodes:
-                node.start(self.broker, state.settings)
+                node.start(self.broker)
             for node in nodes:
                 node.expect(node.ready, START_S)
         except BaseException:
@@ -322,11 +323,10 @@ class Cluster:
         raise Refused(f"there is no node {name}; there are {', '.join(node.name for node in self.nodes) or 'none'}")
 
     def _node(self, state: State, node: NodeState) -> Node:
-        address, admin_address = f"{HOST}:{node.port}", f"{HOST}:{node.admin_port}"
-        known = self._known.get((node.name, address))
+        known = self._known.get((node.name, f"{HOST}:{node.port}"))
         if known is None:
-            drain_s = check_settings(state.settings).drain_window
-            known = Node(self.directory, node.name, address, admin_address, drain_s)
+            given = state.settings
+            known = Node(self.directory, node.name, node.port, node.admin_port, given, check_settings(given))
         return self._remember(known, Node)
 
     def _servers(self, kind: type[_P], name: str, ports: Sequence[int]) -> Sequence[_P]:
@@ -348,11 +348,20 @@ def _check_count(nodes: int) -> None:
         raise Refused("a cluster has at least one node")
 
 
+def _check_port(port: int) -> None:
+    if port not in range(PORTS):
+        raise Refused(f"{port} is not a port: those are 1 to {PORTS - 1}, or 0 for a free one")
+    if port and (reason := why_taken(port)):
+        raise Refused(f"port {port} of {HOST} cannot be had: {reason}. Name another --port, or none for a free one")
+
+
 def _make(directory: Path) -> Sequence[Path]:
     """Make the directory and those above it; which were missing, the deepest first."""
     missing = [path for path in (directory, *directory.parents) if not path.exists()]
     try:
         directory.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise Refused(f"{directory} cannot be a state directory: it is a file") from None
     except OSError as error:
         raise Refused(f"{directory} cannot be a state directory: {error.strerror}") from None
     return missing

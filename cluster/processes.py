@@ -73,8 +73,10 @@ def why_taken(port: int) -> str:
     return ""
 
 
-def free_ports(count: int, taken: Collection[int] = ()) -> Sequence[int]:
+def free_ports(count: int, taken: Collection[int] = (), row: int = 1) -> Sequence[int]:
     """As many different ports of the loopback address that nobody has, none of them in `taken`.
+
+    `row`: with each of them, so many in a row are free.
 
     They are below those that the kernel gives to outgoing connections: no client takes one between this look and the
     moment its server listens, nor while its server is being restarted. They are drawn at random, so that clusters that
@@ -83,11 +85,14 @@ def free_ports(count: int, taken: Collection[int] = ()) -> Sequence[int]:
     first = int(PORT_RANGE.read_text().split()[0])
     end = first if first - PORT_FIRST > 1000 else PORT_END
     found: list[int] = []
-    for port in random.sample(range(PORT_FIRST, end), end - PORT_FIRST):
+    gone = set(taken)
+    for port in random.sample(range(PORT_FIRST, end - row), end - row - PORT_FIRST):
         if len(found) == count:
             break
-        if port not in taken and not why_taken(port):
+        ports = range(port, port + row)
+        if gone.isdisjoint(ports) and not any(map(why_taken, ports)):
             found.append(port)
+            gone.update(ports)
     if len(found) < count:
         raise Refused(f"{count} free ports from {PORT_FIRST} to {end} were not to be found")
     return found

@@ -47,7 +47,8 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     def ports(self) -> set[int]:
         """All ports that belong to it."""
         own = {self.public, self.tcp, self.example, *self.stores, *self.bus_ports, *self.sentinels}
-        return own | {port for node in self.nodes for port in (node.port, node.admin_port)}
+        workers = int(self.settings.get("workers", 1))
+        return own.union(*[(node.port, *range(node.admin_port, node.admin_port + workers)) for node in self.nodes])
 
 
 class StateFile:
