@@ -13,7 +13,7 @@ from typing import Any, Final, get_args
 
 from cluster.errors import ClusterError
 from cluster.operate import Cluster
-from cluster.stores import Kind
+from cluster.state import Kind
 
 STATE: Final = Path(".state/cluster")
 TABLE: Final = ("name", "state", "pid", "address", "admin", "haproxy", "parked", "channels")

@@ -13,8 +13,8 @@ from cluster.errors import ClusterError, Refused
 from cluster.haproxy import HTTP_NODES, Proxy, Server
 from cluster.nodes import LOAD, START_S, Example, Node, check_settings, drain
 from cluster.processes import HOST, LOGS, Process, find_programs, free_ports, stop, why_taken
-from cluster.state import NodeState, State, StateFile
-from cluster.stores import SIZES, STOP_S, Kind, Store, broker_url, check_version, start_stores
+from cluster.state import Kind, NodeState, State, StateFile
+from cluster.stores import SIZES, STOP_S, Store, broker_url, check_version, start_stores
 
 LINGER_S: Final = 2.0
 """How long HAProxy may take, at the end, to pass on the last answers and to see clients off."""

@@ -6,13 +6,15 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 
 from cluster.errors import ClusterError, Refused
 from cluster.processes import write_atomically
-from cluster.stores import Kind
+
+Kind = Literal["standalone", "sentinel", "cluster"]
+"""How Redis is set up."""
 
 FILE: Final = "state.json"
 LOCK_S: Final = 120.0

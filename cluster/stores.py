@@ -14,8 +14,8 @@ from redis.retry import Retry
 
 from cluster.errors import ClusterError, Refused
 from cluster.processes import HOST, Process, find_programs, stop, wait_until
+from cluster.state import Kind
 
-Kind = Literal["standalone", "sentinel", "cluster"]
 Role = Literal["master", "replica", "down"]
 
 
