@@ -22,8 +22,8 @@ class Deed(Enum):
 
 
 Script = Callable[..., object]
-"""Takes a command's words; gives the reply (an int, text, a list of these, None, an exception with Redis' words) or a
-deed."""
+"""Takes a command's words; gives a deed or the reply: an int, text, None, a list of these, an exception with Redis'
+words, or bytes in Redis' protocol."""
 
 
 def ok(*words: str) -> object:
@@ -51,6 +51,11 @@ class ScriptedServer:
         """Close every connection."""
         for writer in self._writers:
             writer.transport.abort()
+
+    def say(self, reply: object) -> None:
+        """Send something on every connection that nobody asked for."""
+        for writer in self._writers:
+            writer.write(encode(reply))
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -102,8 +107,10 @@ def encode(reply: Any) -> bytes:
         case int():
             return b":%d\r\n" % reply
         case str():
-            text = reply.encode()
+            text = reply.encode(errors="surrogateescape")
             return b"$%d\r\n%b\r\n" % (len(text), text)
+        case bytes():
+            return reply
         case list():
             return b"*%d\r\n%b" % (len(reply), b"".join(map(encode, reply)))
     return f"-{reply}\r\n".encode()
