@@ -153,6 +153,7 @@ class MemoryStore:
         if ttl is not None:
             channel.ttl = ttl
         channel.expires = now + int(channel.ttl * SECOND)
+        channel.trim(now)
         self._look(name, channel)
         return self._info(name, channel)
 
