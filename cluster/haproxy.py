@@ -16,6 +16,7 @@ START_S: Final = 20.0
 SEE_S: Final = 20.0
 ASK_S: Final = 5.0
 
+SOCKET: Final = "haproxy.sock"
 PATHS: Final = "/poll /events /ws"
 HTTP_NODES: Final = "nodes"
 TCP_NODES: Final = "nodes-tcp"
@@ -34,7 +35,7 @@ global
     log stdout format raw local0 err
     # Two descriptors for each client.
     maxconn {maxconn}
-    stats socket unix@haproxy.sock mode 600 level admin
+    stats socket unix@{socket} mode 600 level admin
     # After a reload the former worker stays until the last of its polls has been answered.
     hard-stop-after {hard_stop}s
 
@@ -130,6 +131,7 @@ def render(public: int, tcp: int, servers: Sequence[Server], example: int, hold_
     silence = int(hold_s) + HOLD_SPARE_S
     return CONFIG.format(
         maxconn=max((min(descriptors, DESCRIPTORS_MAX) - DESCRIPTORS_SPARE) // 2, 100),
+        socket=SOCKET,
         hold=hold_s,
         silence=silence,
         hard_stop=silence + STOP_SPARE_S - HOLD_SPARE_S,
@@ -177,9 +179,8 @@ class Proxy(Process):
         if self.alive:
             self.tell(signal.SIGUSR2)
         else:
-            # Master and workers, in the foreground of a session of their own. Sockets have relative paths, as those
-            # of state directories may be too long for them.
-            self.launch([program, "-W", "-S", "unix@master.sock,mode,600", "-f", "haproxy.cfg"])
+            # A master and its worker, in the foreground.
+            self.launch([program, "-W", "-f", "haproxy.cfg"])
         self.expect(lambda: self._worker() not in ("", former), START_S, "serving")
 
     def expect_up(self, names: Sequence[str]) -> None:
@@ -202,16 +203,15 @@ class Proxy(Process):
         }
 
     def drain(self, name: str) -> None:
-        """Send no new clients to this node. Those it has stay.
+        """Send no new clients to this node, from now on and not from the next health check on. Those it has stay.
 
-        Told to former workers too: they have clients that may come back to them once more, and check no health.
+        A former worker cannot be told: it has stopped, but for the clients it has.
         """
-        for worker in self._workers():
-            for backend in (HTTP_NODES, TCP_NODES):
-                self.ask(f"@!{worker} set server {backend}/{name} state drain", "master.sock")
+        for backend in (HTTP_NODES, TCP_NODES):
+            self.ask(f"set server {backend}/{name} state drain")
 
-    def ask(self, command: str, where: str = "haproxy.sock") -> str:
-        """What it says to a command on one of its sockets; nothing if it does not answer."""
+    def ask(self, command: str) -> str:
+        """What its worker says to a command; nothing if it does not answer."""
         try:
             directory = os.open(self.directory, os.O_RDONLY)
         except OSError:
@@ -219,8 +219,8 @@ class Proxy(Process):
         try:
             with socket.socket(socket.AF_UNIX) as connection:
                 connection.settimeout(ASK_S)
-                # A path of a socket has 108 bytes at most.
-                connection.connect(f"/proc/self/fd/{directory}/{where}")
+                # A socket's path has 108 bytes at most, so that here is as short as it is relative in the configuration.
+                connection.connect(f"/proc/self/fd/{directory}/{SOCKET}")
                 connection.sendall(f"{command}\n".encode())
                 connection.shutdown(socket.SHUT_WR)
                 with connection.makefile("rb") as reader:
@@ -234,8 +234,3 @@ class Proxy(Process):
         """The pid of the worker that serves; empty if there is none."""
         said = self.ask("show info")
         return next((line[5:] for line in said.splitlines() if line.startswith("Pid: ")), "")
-
-    def _workers(self) -> Sequence[str]:
-        """The pids of all workers, former ones included."""
-        rows = [line.split() for line in self.ask("show proc", "master.sock").splitlines()]
-        return [row[0] for row in rows if len(row) > 1 and row[1] == "worker"]
