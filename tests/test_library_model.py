@@ -84,6 +84,18 @@ class Both(RuleBasedStateMachine):
             lambda: parse_receipt(self.ask(self.library.store(0, publication)))[0],
         )
 
+    @rule(channel=name, count=st.integers(3, 6))
+    def publish_more_than_is_kept(self, channel: str, count: int) -> None:
+        for _ in range(count):
+            self.publish((channel,), b"1", None)
+
+    @rule(channels=names)
+    def come_back_late(self, channels: tuple[str, ...]) -> None:
+        """After the window, and before the channel's ttl."""
+        self.publish(channels, b"1", None)
+        self.now += 25 * SECOND
+        self.publish(channels, b"2", None)
+
     @rule(data=st.data())
     def publish_to_an_integer(self, data: Any) -> None:
         channel = data.draw(st.sampled_from([*self.integers, "17"]))
@@ -163,8 +175,8 @@ def test_memory_and_redis_agree() -> None:
     run_state_machine_as_test(
         Both,
         settings=settings(
-            max_examples=60,
-            stateful_step_count=30,
+            max_examples=150,
+            stateful_step_count=40,
             deadline=None,
             derandomize=True,
             phases=(Phase.generate, Phase.shrink),
