@@ -58,6 +58,21 @@ LADDER = {
     "__init__": ("publisher", "version"),
 }
 
+# The same for the package that operates nodes from outside.
+CLUSTER_LADDER = {
+    "errors": (),
+    "processes": ("errors",),
+    "state": ("errors", "processes"),
+    "stores": ("errors", "processes", "state"),
+    "nodes": ("errors", "processes"),
+    "haproxy": ("errors", "processes"),
+    "operate": ("errors", "haproxy", "nodes", "processes", "state", "stores"),
+    "__main__": ("errors", "operate", "state"),
+    "__init__": ("errors", "operate"),
+}
+
+LADDERS = {"pushup": LADDER, "cluster": CLUSTER_LADDER}
+
 # What no module of these may import, because it must stay free of I/O.
 PURE = {"address", "errors", "messages", "backlog", "hub", "library", "redis_url", "wire", "head", "settings"}
 IMPURE = {"asyncio", "socket", "aiohttp", "time", "threading"}
@@ -80,29 +95,31 @@ def modules(package: str) -> dict[str, Path]:
     return {path.relative_to(ROOT / package).parts[0].removesuffix(".py"): path for path in paths}
 
 
-def test_every_module_is_on_the_ladder() -> None:
+@pytest.mark.parametrize("package", LADDERS)
+def test_every_module_is_on_the_ladder(package: str) -> None:
     """A module without a rung is a module nobody decided on."""
-    assert set(modules("pushup")) == set(LADDER)
+    assert set(modules(package)) == set(LADDERS[package])
 
 
-@pytest.mark.parametrize("module", LADDER)
-def test_a_module_imports_only_what_is_above_it(module: str) -> None:
+@pytest.mark.parametrize(
+    ("package", "module"), [(package, module) for package, ladder in LADDERS.items() for module in ladder]
+)
+def test_a_module_imports_only_what_is_above_it(package: str, module: str) -> None:
     """The ladder lists exactly what each module uses, and a submodule never its own package's root."""
-    assert "pushup" not in imported(modules("pushup")[module])
-    used = {
-        name.removeprefix("pushup.").partition(".")[0]
-        for name in imported(modules("pushup")[module])
-        if name.startswith("pushup.")
-    }
-    assert used == set(LADDER[module])
+    names = imported(modules(package)[module])
+    assert package not in names
+    used = {name.removeprefix(f"{package}.").partition(".")[0] for name in names if name.startswith(f"{package}.")}
+    assert used == set(LADDERS[package][module])
 
 
-def test_the_ladder_has_no_cycle() -> None:
+@pytest.mark.parametrize("package", LADDERS)
+def test_the_ladder_has_no_cycle(package: str) -> None:
     """Every rung stands on rungs that were drawn before it."""
+    ladder = LADDERS[package]
     done: set[str] = set()
-    while len(done) < len(LADDER):
-        ready = {module for module, below in LADDER.items() if module not in done and set(below) <= done}
-        assert ready, f"a cycle among {set(LADDER) - done}"
+    while len(done) < len(ladder):
+        ready = {module for module, below in ladder.items() if module not in done and set(below) <= done}
+        assert ready, f"a cycle among {set(ladder) - done}"
         done |= ready
 
 
@@ -114,9 +131,14 @@ def test_the_core_is_pure(module: str) -> None:
 
 @pytest.mark.parametrize(
     ("package", "above"),
-    [("pushup", {"cluster", "loadtest", "tests"}), ("cluster", {"loadtest", "tests"}), ("loadtest", {"tests"})],
+    [
+        ("pushup", {"cluster", "compose", "loadtest", "tests"}),
+        ("cluster", {"compose", "loadtest", "tests"}),
+        ("compose", {"cluster", "loadtest", "tests"}),
+        ("loadtest", {"compose", "tests"}),
+    ],
 )
 def test_nothing_is_imported_from_above(package: str, above: set[str]) -> None:
-    """loadtest stands on cluster, cluster on pushup; pushup knows neither."""
+    """loadtest stands on cluster, cluster and the example application on pushup; pushup knows none of them."""
     for path in (ROOT / package).rglob("*.py"):
         assert not {name.partition(".")[0] for name in imported(path)} & above, path
