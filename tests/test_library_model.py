@@ -60,7 +60,7 @@ class Both(RuleBasedStateMachine):
 
     def ask(self, call: Any) -> Any:
         try:
-            return self.redis.execute_command(*call)
+            return self.redis.execute_command(*call)  # type: ignore[no-untyped-call]
         except redis.ResponseError as error:
             meaning = translate(str(error))
             assert not isinstance(meaning, NotExecuted), meaning
@@ -152,8 +152,10 @@ class Both(RuleBasedStateMachine):
     @invariant()
     def nothing_is_left_over(self) -> None:
         """Redis holds messages of channels that exist, and no others."""
-        existing = {field[2:] for field in self.redis.hkeys(self.library.key) if field.startswith(b"c:")}
-        kept = {key.partition(b":m:")[2] for key in self.redis.keys(f"{self.library.key}:m:*")}
+        fields: list[Any] = list(self.redis.hkeys(self.library.key))
+        keys: list[Any] = list(self.redis.keys(f"{self.library.key}:m:*"))
+        existing = {field[2:] for field in fields if field.startswith(b"c:")}
+        kept = {key.partition(b":m:")[2] for key in keys}
         assert kept <= existing
 
 

@@ -150,11 +150,7 @@ async def test_realms_do_not_hear_each_other(redis_server: RedisServer) -> None:
 async def test_latest_means_from_now_on(redis_server: RedisServer) -> None:
     """What was published before, be it a moment ago on another node, is not news; what comes after is."""
     realm = uuid4().hex
-    async with (
-        node(redis_server, realm) as (server, client),
-        node(redis_server, realm) as (_, other),
-        connected(server) as known,
-    ):
+    async with node(redis_server, realm) as (server, client), node(redis_server, realm) as (_, other):
         for _ in range(3):
             await asyncio.sleep(0.05)  # So much the two clocks of one machine differ at the most.
             before = await other.publish("a")
@@ -164,7 +160,6 @@ async def test_latest_means_from_now_on(redis_server: RedisServer) -> None:
 
             assert before < after
             assert ids((await client.reply()).json) == [after]
-        assert ids(await poll(known, "a", start=after, hold=0)) == [after]
 
 
 @pytest.mark.parametrize("kind", ["pubsub", "normal", "both"])
