@@ -219,7 +219,7 @@ class Proxy(Process):
         try:
             with socket.socket(socket.AF_UNIX) as connection:
                 connection.settimeout(ASK_S)
-                # A socket's path has 108 bytes at most, so that here is as short as it is relative in the configuration.
+                # A path of a socket has 108 bytes at most. In the configuration it is relative.
                 connection.connect(f"/proc/self/fd/{directory}/{SOCKET}")
                 connection.sendall(f"{command}\n".encode())
                 connection.shutdown(socket.SHUT_WR)
