@@ -19,7 +19,7 @@ run: $(VENV)/.run
 	$(BIN)/pushup serve --demo $(ARGS)
 
 test: $(VENV)/.dev
-	tests/install-debian.sh chromium chromium-driver haproxy redis-server redis-sentinel
+	tests/install-debian.sh chromium chromium-driver haproxy openssl redis-server
 	$(BIN)/python -m pytest $(ARGS)
 
 check: $(VENV)/.dev
@@ -32,7 +32,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 chaos: $(VENV)/.dev
-	tests/install-debian.sh haproxy redis-server redis-sentinel
+	tests/install-debian.sh haproxy redis-server
 	$(BIN)/python -m tests.chaos $(ARGS)
 
 bench: $(VENV)/.dev

@@ -42,7 +42,7 @@ def parse_servers(url: str) -> Servers:
     """Raises ValueError with the rest of a sentence that says what is wrong with the URL."""
     match = _URL.fullmatch(url)
     if match is None:
-        raise ValueError("it must be memory://, redis://HOST:PORT, redis+sentinel://… or redis+cluster://…")
+        raise ValueError("it must be redis://HOST:PORT, redis+sentinel://… or redis+cluster://…")
     scheme, behind, credentials, hosts, path, query = match.groups()
     tls = scheme == "rediss"
     options: dict[str, Any] = {}

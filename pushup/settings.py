@@ -236,7 +236,8 @@ def _check(settings: Settings, origins: Mapping[str, str]) -> None:
         try:
             parse_servers(settings.broker)
         except ValueError as error:
-            raise _wrong("broker", settings.broker, origins["broker"], str(error)) from None
+            memory = "" if settings.broker.startswith("redis") else ", or memory://"
+            raise _wrong("broker", settings.broker, origins["broker"], f"{error}{memory}") from None
     elif settings.workers > 1:
         raise _wrong(
             "workers",
