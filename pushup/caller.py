@@ -22,6 +22,8 @@ from pushup.servers import NoServer, dial, locate
 
 log = logging.getLogger("pushup.caller")
 
+LOCATE_S: Final = 1.0
+"""How long one Sentinel or one server of a cluster may take to say where the realm is. Then another is asked."""
 PAUSE_S: Final = 0.05
 """Between two tries at the same thing, and doubled up to..."""
 PAUSE_MAX_S: Final = 1.0
@@ -89,7 +91,7 @@ class Caller:
             self.reset("reconnecting")
             self._attempt += 1
             try:
-                self.address = await locate(self.servers, self.library.key, self._attempt - 1, self.timeout)
+                self.address = await locate(self.servers, self.library.key, self._attempt - 1, LOCATE_S)
                 commands = Commands(self._dial(self.address))
                 await commands.connect()
             except NoServer as error:
@@ -128,6 +130,7 @@ class Caller:
         waiting = list(range(len(calls)))
         pause = PAUSE_S
         while True:
+            commands: Commands | None = None
             futures: list[asyncio.Future[Any]] = []
             try:
                 async with asyncio.timeout_at(end):
@@ -135,7 +138,8 @@ class Caller:
                     futures = [commands.call(calls[at]) for at in waiting]
                     await asyncio.wait(futures)
             except TimeoutError:
-                self.reset("it does not answer")  # Which fails what waits for a reply.
+                if commands is not None:
+                    commands.end("it does not answer")  # Which fails what waits for a reply.
             except NotExecuted as error:
                 self.trouble = str(error)
                 for at in waiting:
@@ -145,31 +149,18 @@ class Caller:
             again: list[int] = []
             for at, future in zip(waiting, futures, strict=False):
                 try:
-                    results[at] = self._outcome(future, repeatable(at))
+                    results[at] = _outcome(future, repeatable(at))
                 except NotExecuted as error:
                     results[at] = Unavailable(f"Redis cannot do this now: {error}")
                     again.append(at)
+            if again and commands is self._commands:
+                # With the next connection the server is looked for, and given the library, anew.
+                self._retire()
             waiting = again if futures else waiting
-            if not waiting or loop.time() + pause >= end:
+            if not waiting or self._stopped or loop.time() + pause >= end:
                 return results
             await asyncio.sleep(pause)
             pause = min(pause * 2, PAUSE_MAX_S)
-
-    def _outcome(self, future: asyncio.Future[Any], repeatable: bool) -> Any:
-        """A reply, or an error that is final. Raises NotExecuted if the call may be repeated."""
-        error = future.exception()
-        if error is None:
-            return future.result()
-        if isinstance(error, Lost):
-            if error.sent and not repeatable:
-                return Unavailable(UNKNOWN)
-            raise NotExecuted(str(error))
-        meaning = translate(str(error))
-        if isinstance(meaning, NotExecuted):
-            # With the next connection the server is looked for, and given the library, anew.
-            self._retire()
-            raise meaning
-        return meaning
 
     async def _load(self, commands: Commands) -> None:
         """See to it that the server has our functions, or newer ones."""
@@ -189,3 +180,18 @@ class Caller:
         except Lost as error:
             raise NotExecuted(str(error)) from None
         log.info("gave Redis its functions", extra={"server": str(self.address), "version": VERSION})
+
+
+def _outcome(future: asyncio.Future[Any], repeatable: bool) -> Any:
+    """A reply, or an error that is final. Raises NotExecuted if the call may be repeated."""
+    error = future.exception()
+    if error is None:
+        return future.result()
+    if isinstance(error, Lost):
+        if error.sent and not repeatable:
+            return Unavailable(UNKNOWN)
+        raise NotExecuted(str(error))
+    meaning = translate(str(error))
+    if isinstance(meaning, NotExecuted):
+        raise meaning
+    return meaning
