@@ -12,6 +12,8 @@ from typing import Final
 
 import msgspec
 
+from pushup.messages import MAX_ID
+
 EVIDENCE_MAX: Final = 10
 """Of each kind of fault this many are kept in words."""
 
@@ -41,7 +43,7 @@ WRONGS: Final = {
     "a cursor that went back",
     "doubled": "a publication under two ids although the store had lost nothing",
     "foreign": "a message, channel or answer that fits no publication",
-    "false_gaps": "a gap told where the store had lost nothing, or told again",
+    "false_gaps": "a gap told where the store had lost nothing",
     "starved": "a poller that did not come past the last acknowledged message in time",
 }
 """Everything that must not be, and what each is."""
@@ -53,7 +55,8 @@ class Verdict:
 
     `acknowledged`, `refused` and `unknown` are publications by their outcome, `deliveries` messages in answers,
     `true_gaps` answers with a gap where the store lost data, `felt_gaps` those of them over an acknowledged message
-    that their poller does not have, `slowest_s` the longest time from storing a message to a poller having it.
+    that their poller does not have, `more_gaps` those that told a poller again of the same loss, `slowest_s` the
+    longest time from storing a message to a poller having it.
     """
 
     acknowledged: int = 0
@@ -62,6 +65,7 @@ class Verdict:
     deliveries: int = 0
     true_gaps: int = 0
     felt_gaps: int = 0
+    more_gaps: int = 0
     slowest_s: float = 0.0
     wrongs: Counter[str] = field(default_factory=Counter)
     evidence: list[str] = field(default_factory=list)
@@ -90,7 +94,8 @@ class _Poller:
         self.channels = channels
         self.first = self.cursor = cursor
         self.received: set[int] = set()
-        self.gaps: list[tuple[int, int]] = []
+        self.gaps: list[tuple[int, int, int]] = []
+        """Start, next and the time it was told."""
 
 
 class Checker:
@@ -107,7 +112,7 @@ class Checker:
         """By id: number and channels of everything acknowledged or received by anybody."""
         self._acknowledged: set[int] = set()
         self._pollers: dict[str, _Poller] = {}
-        self._losses: list[tuple[int, int]] = []
+        self._losses: list[int] = []
         self._deliveries = 0
         self._slowest_us = 0
         self._wrongs: Counter[str] = Counter()
@@ -142,9 +147,9 @@ class Checker:
 
     # What the store's keeper says
 
-    def lost(self, since: int, until: int) -> None:
-        """Between these ids the store was made to lose what it had: one gap for each poller that was there is right."""
-        self._losses.append((since, until))
+    def lost(self, at: int) -> None:
+        """By now, as an id, the store was made to lose what it had. It was well again when it next acknowledged."""
+        self._losses.append(at)
 
     # What pollers say
 
@@ -176,7 +181,7 @@ class Checker:
         if answer.next < start:
             self._wrong("disorder", f"{where}: the cursor went back")
         if answer.gap:
-            state.gaps.append((start, answer.next))
+            state.gaps.append((start, answer.next, now))
         state.cursor = max(start, answer.next)
         return state.cursor
 
@@ -210,29 +215,39 @@ class Checker:
         for id in sorted(self._stored):
             for channel in self._stored[id][1]:
                 by_channel.setdefault(channel, []).append(id)
+        acknowledged = sorted(self._acknowledged)
+        losses = [(lost, next(iter(acknowledged[bisect_left(acknowledged, lost) :]), MAX_ID)) for lost in self._losses]
         for name, poller in self._pollers.items():
-            self._judge(name, poller, by_channel, verdict)
+            self._judge(name, poller, by_channel, losses, verdict)
         for number, publication in self._publications.items():
             if len(publication.ids) > 1 and not (publication.keyed and self._lost_between(publication.ids)):
                 _note(verdict.wrongs, verdict.evidence, "doubled", f"publication {number}: {sorted(publication.ids)}")
         return verdict
 
-    def _judge(self, name: str, poller: _Poller, by_channel: dict[str, list[int]], verdict: Verdict) -> None:
+    def _judge(
+        self,
+        name: str,
+        poller: _Poller,
+        by_channel: dict[str, list[int]],
+        losses: Sequence[tuple[int, int]],
+        verdict: Verdict,
+    ) -> None:
         missing: set[int] = set()
         for channel in poller.channels:
             ids = by_channel.get(channel, [])
             covered = ids[bisect_left(ids, poller.first) : bisect_left(ids, poller.cursor)]
             missing.update(id for id in covered if id not in poller.received)
         excused: set[int] = set()
-        told: set[tuple[int, int]] = set()
-        for start, next in poller.gaps:
+        told: set[int] = set()
+        for start, next, at in poller.gaps:
             over = {id for id in missing if start <= id < next}
             excused |= over
-            losses = {loss for loss in self._losses if start < loss[1] and next > loss[0]} - told
-            if losses:
-                told |= losses
+            right = {lost for lost, well in losses if lost <= at and start < well}
+            if right:
                 verdict.true_gaps += 1
                 verdict.felt_gaps += bool(over & self._acknowledged)
+                verdict.more_gaps += right <= told
+                told |= right
             else:
                 _note(verdict.wrongs, verdict.evidence, "false_gaps", f"{name} [{start}, {next})")
         for id in sorted(missing - excused):
@@ -246,8 +261,7 @@ class Checker:
             )
 
     def _lost_between(self, ids: Iterable[int]) -> bool:
-        first, last = min(ids), max(ids)
-        return any(first <= until and last >= since for since, until in self._losses)
+        return any(min(ids) <= lost <= max(ids) for lost in self._losses)
 
     def _hear(self, message: Message, state: _Poller, where: str) -> None:
         publication = self._publications.get(message.data)

@@ -36,8 +36,11 @@ SETTINGS: Final[Mapping[str, str]] = {
     "channel_window": "600",
     "channel_max_messages": "100000",
     "drain_window": "2",
+    "backlog_messages": "40",
+    "answer_bytes_max": "1000",
 }
-"""Generous, so that nothing is dropped for its age or number and no gap is right but after a loss."""
+"""Redis is generous: nothing is dropped for its age or number, so no gap is right but after a loss. Nodes are not: who
+comes back late must be read for, and is told in several answers."""
 
 _T = TypeVar("_T")
 
@@ -189,14 +192,13 @@ async def restart_redis(scene: Scene, cluster: Cluster) -> None:
 
 async def empty_redis(scene: Scene, cluster: Cluster) -> None:
     """Every other time the nodes are deaf before, or they would still deliver from memory what Redis has lost."""
-    since = _now_id()
     store = cluster.stores[0]
     async with _deaf(scene, cluster, store.address):
         await _blocking(store.kill)
+        scene.checker.lost(_now_id())
     await asyncio.sleep(scene.rng.uniform(0.1, 1.0))
     await _blocking(lambda: store.restart(empty=True))
     await _ready(cluster)
-    scene.checker.lost(since, _now_id())
 
 
 @asynccontextmanager
@@ -228,12 +230,11 @@ async def fail_over(scene: Scene, cluster: Cluster) -> None:
     killed = await _blocking(_owner, cluster)
     if killed is None:
         raise FaultFailed("no Redis server has the realm")
-    since = _now_id()
     async with _deaf(scene, cluster, killed.address):
         await _blocking(killed.kill)
+        scene.checker.lost(_now_id())
     await _until(lambda: _owner(cluster) is not None, f"another master took the place of {killed.name}")
     await _ready(cluster)
-    scene.checker.lost(since, _now_id())
     await _blocking(killed.restart)
     await _until(killed.follows, f"{killed.name} came back as a replica")
     await _ready(cluster)

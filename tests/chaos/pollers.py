@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from random import Random
 from typing import Final
 from urllib.parse import quote
@@ -15,6 +16,10 @@ from tests.chaos.client import NoAnswer, NotSent, Server
 
 PATIENCE_S: Final = 3.0
 """How much longer than its time-out a poll may take before its client gives it up."""
+
+FLEETING: Final = 0.02
+"""Share of the polls whose client goes away in the middle, and comes back with the same cursor."""
+FLEETING_S: Final = 0.5
 
 BACKOFF_S: Final = 0.1
 BACKOFF_MAX_S: Final = 1.0
@@ -70,6 +75,9 @@ class Poller:
     async def _poll(self, start: str, timeout_s: float) -> Answer:
         """The same poll again and again, until it is answered."""
         request = f"{self._target}{start}&timeout={timeout_s:g}{self._end}".encode()
+        if self._rng.random() < FLEETING:
+            with suppress(NoAnswer, NotSent):
+                await self._server.request(request, self._rng.uniform(0, FLEETING_S))
         backoff = BACKOFF_S
         while True:
             try:

@@ -21,7 +21,8 @@ goes on until its cursor is above the last acknowledged message. `checker.py` kn
 - *acknowledged*, *refused*, *unknown*: publications by what their publishers were told. Unknown is a lost answer or an
   error: it may be stored or not.
 - *gaps told*: answers with `"gap": true`; *over a loss* are those that covered an acknowledged message their poller did
-  not get. After a failover or an empty restart each poller is told once, whether something of its own was lost or not.
+  not get. After a failover or an empty restart every poller is told, whether something of its own was lost or not;
+  *told again* are those that told a poller once more of the same loss.
 - *slowest*: the longest time from storing a message to a poller having it, the outage and the poller's own rest (up to
   0.5 s between two polls) included.
 - A fault fails when one of these is not 0:
@@ -36,6 +37,7 @@ COLUMNS: Final = (
     "deliveries",
     "gaps told",
     "over a loss",
+    "told again",
     "false gaps",
     "duplicates",
     "out of order",
@@ -92,6 +94,7 @@ def _row(name: str, result: Mapping[str, Any]) -> str:
         *(f"{verdict[field]:,}" for field in ("acknowledged", "refused", "unknown", "deliveries")),
         f"{verdict['true_gaps'] + wrongs.get('false_gaps', 0):,}",
         f"{verdict['felt_gaps']:,}",
+        f"{verdict['more_gaps']:,}",
         *(f"{wrongs.get(kind, 0):,}" for kind in shown),
         f"{sum(count for kind, count in wrongs.items() if kind not in shown):,}",
         f"{verdict['slowest_s']:.1f} s",
