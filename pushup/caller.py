@@ -10,12 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from redis.asyncio.connection import AbstractConnection
-from redis.exceptions import ResponseError
 
 from pushup.address import Address
 from pushup.errors import PushUpError, Unavailable
 from pushup.library import LOAD, VERSION, Call, Library, NotExecuted, parse_receipt, translate
-from pushup.link import Commands, Lost
+from pushup.link import Commands, ErrorReply, Lost
 from pushup.messages import Publication, Receipt
 from pushup.redis_url import Servers
 from pushup.servers import NoServer, dial, locate
@@ -167,7 +166,7 @@ class Caller:
         try:
             if await commands.call(self.library.version()) >= VERSION:
                 return
-        except ResponseError as error:
+        except ErrorReply as error:
             meaning = translate(str(error))
             if not (isinstance(meaning, NotExecuted) and meaning.missing):
                 raise meaning from None
@@ -175,7 +174,7 @@ class Caller:
             raise NotExecuted(str(error)) from None
         try:
             await commands.call(LOAD)
-        except ResponseError as error:
+        except ErrorReply as error:
             raise translate(str(error)) from None
         except Lost as error:
             raise NotExecuted(str(error)) from None

@@ -502,7 +502,7 @@ class Hub:
             if start <= backlog.tail:
                 found += backlog.range(start, end)
         if found:
-            return self._answer_messages(subscription, found, gap)
+            return self._answer_messages(subscription, found, gap, end)
         if gap:
             # Past all of it, or the next poll would be told of the same gap at once.
             beyond = max(channel.backlog.floor for channel in subscription.channels)
@@ -517,7 +517,7 @@ class Hub:
             self._held.add(subscription)
         return None
 
-    def _answer_messages(self, subscription: Subscription, found: list[Message], gap: bool) -> Answer:
+    def _answer_messages(self, subscription: Subscription, found: list[Message], gap: bool, end: int) -> Answer:
         names = tuple([channel.name for channel in subscription.channels])
         if len(names) > 1:
             found = sorted({message.id: message for message in found}.values(), key=lambda message: message.id)
@@ -529,7 +529,11 @@ class Hub:
             if shown and size > self._answer_bytes:
                 break
             shown.append((message, text))
-        return Answer(shown, shown[-1][0].id + 1, "message", gap=gap)
+        next = shown[-1][0].id + 1
+        if gap and len(shown) == len(found):
+            # Past every floor, or the next poll would be told of the same gap.
+            next = max(next, min(end + 1, max(channel.backlog.floor for channel in subscription.channels)))
+        return Answer(shown, next, "message", gap=gap)
 
     def _answer_message(self, channel: Channel, message: Message, now: float) -> Replies:
         """Group the polls that wait for this message by what they are shown of it, which is one group as a rule."""

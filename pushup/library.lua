@@ -26,6 +26,8 @@ local SECOND = 1000000
 local DAY = 86400 * SECOND
 local MAX_ID = 9007199254740991
 local NAME_BYTES = 255
+local NESTING = 100
+local NAMES_AT_ONCE = 1000
 local CLOSED_REMEMBERED = 10000
 local NODE_FORGOTTEN = 60 * SECOND
 local SWEPT_AT_ONCE = 100
@@ -39,22 +41,23 @@ local function clock()
   return tonumber(time[1]) * SECOND + tonumber(time[2])
 end
 
+-- Refusals are raised as tables by whatever finds them, and become Redis errors with a code of their own.
+local function refuse(code, sentence)
+  error({refusal = code .. ' ' .. sentence})
+end
+
 -- An id of this server process. A restart and a failover change it, and then writes may have been lost.
 local run
 local function run_id()
   if not run then
     local info = redis.pcall('INFO', 'server')
-    if type(info) == 'table' and string.find(tostring(info.err), 'NOPERM') then
-      error('PushUp needs the permission +info to notice a restart')
+    local denied = type(info) == 'table' and tostring(info.err) or ''
+    if string.find(denied, 'NOPERM') or string.find(denied, "can't run") then
+      refuse('NOPERM', 'PushUp needs the permission +info to notice a restart')
     end
     run = type(info) == 'string' and string.match(info, 'run_id:(%w+)') or 'none'
   end
   return run
-end
-
--- Refusals are raised as tables by whatever finds them, and become Redis errors with a code of their own.
-local function refuse(code, sentence)
-  error({refusal = code .. ' ' .. sentence})
 end
 
 local function guarded(callback)
@@ -116,12 +119,28 @@ local function check_name(name)
   end
 end
 
+-- How many arrays and objects are in one another.
+local function depth(json)
+  local bare = string.gsub(string.gsub(json, '\\.', ''), '"[^"]*"', '')
+  local now, deepest = 0, 0
+  for bracket in string.gmatch(bare, '[%[%]{}]') do
+    now = now + ((bracket == '[' or bracket == '{') and 1 or -1)
+    deepest = math.max(deepest, now)
+  end
+  return deepest
+end
+
 local function check_data(data, most)
   if #data > most then
     refuse('TOOLARGE', 'data is ' .. #data .. ' bytes of JSON; the limit is ' .. text(most))
   end
-  if not (pcall(cjson.decode, '[' .. data .. ']') and is_utf8(data)) or string.find(data, '^%s*$') then
+  local good, values = pcall(cjson.decode, '[' .. data .. ']')
+  if not good or #values ~= 1 or not is_utf8(data) then
     refuse('INVALID', 'data is not valid JSON')
+  end
+  local _, opened = string.gsub(data, '[%[{]', '')
+  if opened > NESTING and depth(data) > NESTING then
+    refuse('INVALID', 'the data is nested more than ' .. NESTING .. ' levels deep')
   end
   if string.find(data, '[\r\n]') then
     data = string.gsub(data, '[\r\n]', ' ')
@@ -309,8 +328,8 @@ local function trim(key, name, facts, before)
   if not dropped and first == facts.first then
     return false
   end
-  -- The oldest one kept may have changed without our doing, if the server lost the older ones in some way.
-  facts.floor = math.max(facts.floor, (dropped or 0) + 1)
+  -- If the oldest one kept has changed without our doing, what was before it is gone.
+  facts.floor = math.max(facts.floor, dropped and dropped + 1 or first)
   facts.first = first
   return true
 end
@@ -320,6 +339,9 @@ end
 local function put(key, seen, once, data, names)
   if #names == 0 then
     refuse('INVALID', 'a publication names at least one channel')
+  end
+  if #names > NAMES_AT_ONCE then
+    refuse('INVALID', 'a publication names at most ' .. NAMES_AT_ONCE .. ' channels')
   end
   local distinct, given = {}, names
   names = {}

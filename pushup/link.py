@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 from redis.asyncio.connection import AbstractConnection
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import AuthenticationError, BusyLoadingError, RedisError, ResponseError
 
 from pushup.library import Call
 from pushup.servers import explain
@@ -41,8 +41,12 @@ async def cancel(*tasks: asyncio.Task[Any]) -> None:
         await asyncio.wait(waiting, timeout=CANCEL_AGAIN_S)
 
 
+class ErrorReply(Exception):
+    """What the server replied in place of a result: a code and a sentence."""
+
+
 class Receive(Protocol):
-    """What a link does with each reply; an error reply is a ResponseError."""
+    """What a link does with each reply, which may be an ErrorReply."""
 
     def __call__(self, reply: Any, /) -> None: ...
 
@@ -98,6 +102,9 @@ class Link:
                 await connection.send_packed_command(connection.pack_commands(commands), check_health=False)
         except (RedisError, OSError) as error:
             self.end(explain(error))
+        except Exception:
+            log.exception("could not send a command to Redis")
+            self.end("a command could not be sent")
 
     async def _read(self) -> None:
         connection = self._connection
@@ -106,8 +113,10 @@ class Link:
             while True:
                 try:
                     reply = await connection.read_response(timeout=math.inf, disconnect_on_error=False)
-                except ResponseError as error:
-                    reply = error
+                except (ResponseError, BusyLoadingError, AuthenticationError) as error:
+                    # redis-py takes the code out of the text of errors that it knows.
+                    code = getattr(error, "status_code", None)
+                    reply = ErrorReply(f"{code} {error}" if code and not str(error).startswith(code) else str(error))
                 self._receive(reply)
                 count += 1
                 if count % REPLIES_PER_TURN == 0:
@@ -135,7 +144,7 @@ class Commands:
         await self._link.connect()
 
     def call(self, call: Call) -> asyncio.Future[Any]:
-        """The reply to come, which may be a ResponseError or Lost. Cancelling it cancels nothing in Redis."""
+        """The reply to come, which may be an ErrorReply or Lost. Cancelling it cancels nothing in Redis."""
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         if self._link.open:
             self._waiting.append(future)
@@ -161,7 +170,7 @@ class Commands:
     def _receive(self, reply: Any) -> None:
         future = self._waiting.popleft()
         if not future.done():
-            if isinstance(reply, ResponseError):
+            if isinstance(reply, ErrorReply):
                 future.set_exception(reply)
             else:
                 future.set_result(reply)

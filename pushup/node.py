@@ -241,9 +241,11 @@ class Node:
         except (PushUpError, TimeoutError) as error:
             self.metrics.broker_read_errors += len(reads)
             log.warning("cannot read channels", extra={"channels": len(reads), "error": str(error) or "time-out"})
-            for read in reads.values():
-                self._fail(read, Unavailable("the broker did not answer in time"))
-            self._rearm()
+            self._fail_all(reads)
+            return
+        except Exception:
+            log.exception("a read failed")
+            self._fail_all(reads)
             return
         self._advance(self._loop.time())
         for name, read in reads.items():
@@ -256,6 +258,11 @@ class Node:
                 self._send(self._hub.learn(read, history, self._loop.time()))
         if self._hub.wanted:
             self._read_soon()
+        self._rearm()
+
+    def _fail_all(self, reads: Mapping[str, Read]) -> None:
+        for read in reads.values():
+            self._fail(read, Unavailable("the broker did not answer in time"))
         self._rearm()
 
     def _fail(self, read: Read, error: PushUpError) -> None:

@@ -8,6 +8,7 @@
 
 import asyncio
 import os
+import selectors
 import threading
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from functools import partial
@@ -16,7 +17,7 @@ from typing import Any, Final, Self, TypeVar
 import msgspec
 
 from pushup.caller import Caller
-from pushup.errors import InvalidParameter, PushUpError
+from pushup.errors import InvalidParameter, InvalidRequest, PushUpError
 from pushup.library import Library
 from pushup.messages import NESTING_MAX, Publication, Receipt, nests_too_deep, parse_channel
 from pushup.redis_url import parse_servers
@@ -24,6 +25,7 @@ from pushup.redis_url import parse_servers
 _T = TypeVar("_T")
 
 TIMEOUT_S: Final = 5.0
+KEY_LENGTH_MAX: Final = 255
 PUBLISHED_AT_ONCE: Final = 512
 """Publications in one write. More would keep Redis from everybody else for long."""
 
@@ -31,13 +33,18 @@ Channels = str | int | Sequence[str | int]
 """One channel or several: a name, or the integer that was handed out."""
 
 
-def make_publication(channels: Channels, data: Any, key: str | None = None) -> Publication:
+def make_publication(channels: Any, data: Any, key: Any = None) -> Publication:
     """A publication of any JSON value. Raises InvalidParameter."""
-    names = [channels] if isinstance(channels, str | int) else list(channels)
+    try:
+        names = [channels] if isinstance(channels, str | int) else list(channels)
+    except TypeError:
+        names = [None]
     if not names:
         raise InvalidParameter("channels", "a publication names at least one channel")
-    if key is not None and not 0 < len(key) <= 255:
-        raise InvalidParameter("key", "key is a string of 1 to 255 characters")
+    if isinstance(channels, bytes) or not all(isinstance(name, str | int) for name in names):
+        raise InvalidParameter("channels", "a channel is a string, or an integer that was handed out")
+    if key is not None and not (isinstance(key, str) and 0 < len(key) <= KEY_LENGTH_MAX and _is_unicode(key)):
+        raise InvalidParameter("key", f"key is a string of 1 to {KEY_LENGTH_MAX} characters")
     try:
         text = msgspec.json.encode(data)
         deep = nests_too_deep(text, msgspec.json.decode(text))
@@ -48,12 +55,22 @@ def make_publication(channels: Channels, data: Any, key: str | None = None) -> P
     return Publication(tuple(dict.fromkeys(map(parse_channel, names))), text, key)
 
 
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _parse(items: Iterable[Mapping[str, Any]]) -> list[Publication | PushUpError]:
     """Items as HTTP publishers send them; one that is wrong is its error, and spoils no other."""
     parsed: list[Publication | PushUpError] = []
     for item in items:
-        unknown = item.keys() - {"channels", "data", "key"}
         try:
+            if not isinstance(item, Mapping):
+                raise InvalidRequest("a publication is a mapping with channels, data and perhaps a key")
+            unknown = item.keys() - {"channels", "data", "key"}
             if unknown or "data" not in item:
                 name = min(unknown, default="data")
                 raise InvalidParameter(name, f"{name} is {'not a field of a publication' if unknown else 'missing'}")
@@ -176,7 +193,8 @@ class _Worker:
     def __init__(self, publisher: AsyncPublisher) -> None:
         self.publisher = publisher
         self.process = os.getpid()
-        self._loop = asyncio.new_event_loop()
+        # Polling, as a forked process would share an epoll object, and empty it when it ends.
+        self._loop = asyncio.SelectorEventLoop(selectors.PollSelector())
         self._thread = threading.Thread(target=self._loop.run_forever, name="pushup-publisher", daemon=True)
         self._thread.start()
 
@@ -184,7 +202,13 @@ class _Worker:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     def stop(self) -> None:
-        self.run(self.publisher.close())
+        self.run(self._finish())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    async def _finish(self) -> None:
+        """Close the publisher, and let those who wait for a result have it."""
+        await self.publisher.close()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        await asyncio.gather(*others, return_exceptions=True)

@@ -21,7 +21,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from redis.asyncio.connection import AbstractConnection
-from redis.exceptions import ResponseError
 
 from pushup.address import Address
 from pushup.broker import Listener
@@ -39,7 +38,7 @@ from pushup.library import (
     parse_nodes,
     parse_position,
 )
-from pushup.link import Link, Lost, cancel
+from pushup.link import ErrorReply, Link, Lost, cancel
 from pushup.messages import ChannelInfo, ChannelOptions, History, NodeInfo, Publication, Receipt, Retention
 from pushup.redis_url import Servers
 
@@ -128,7 +127,7 @@ class Session:
         return [name for name in names if name is not None]
 
     def _receive(self, reply: Any) -> None:
-        if isinstance(reply, ResponseError):
+        if isinstance(reply, ErrorReply):
             self.end(str(reply))
             return
         kind, heard_on, payload = reply
@@ -361,7 +360,7 @@ class RedisBroker:
             message, prev = event
             self._last_heard[name] = max(self._last_heard.get(name, 0), message.id)
             self._listener.on_message(name, message, prev)
-            if name == next(other for other in reversed(message.channels) if session.watches(other)):
+            if name == next((other for other in reversed(message.channels) if session.watches(other)), name):
                 self._advance(message.id + 1)
 
     def _hear_echo(self, session: Session, echo: Echo) -> None:
