@@ -211,7 +211,7 @@ class Model(RuleBasedStateMachine):
     @precondition(lambda self: self.stream)
     @rule()
     def lose_announcement(self) -> None:
-        """The connection holds, and yet an event is lost on it. Whoever comes with a cursor beyond may be told a gap."""
+        """The connection holds, and yet an event is lost on it. Who comes with a cursor beyond may be told a gap."""
         name, message, _ = self.stream.popleft()
         if message is not None:
             self.unheard.append((message.id, name))
@@ -223,7 +223,11 @@ class Model(RuleBasedStateMachine):
         if not self.stream and channel is not None and channel.known and self.tails[name] > channel.backlog.tail:
             self.hub.doubt([name])
 
-    @rule(timeout=st.sampled_from((0.0, 1.0, 30.0)), span=st.sampled_from((0, 5, None, None)), skew=st.sampled_from((0, 10_000)))
+    @rule(
+        timeout=st.sampled_from((0.0, 1.0, 30.0)),
+        span=st.sampled_from((0, 5, None, None)),
+        skew=st.sampled_from((0, 10_000)),
+    )
     def poll(self, timeout: float, span: int | None, skew: int) -> None:
         """Every client that is not waiting polls. What it takes for now may be far in the future."""
         for client in self.clients:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import pytest
 
 from pushup.errors import ChannelNotFound
-from pushup.memory import CLOSED_REMEMBERED, SECOND, MemoryStore, Retention
-from pushup.messages import ChannelOptions, Message, Publication
+from pushup.memory import CLOSED_REMEMBERED, SECOND, MemoryStore
+from pushup.messages import ChannelOptions, Message, NodeInfo, Publication, Retention
 
 BIRTH = 1_000 * SECOND
 
@@ -25,6 +25,12 @@ class Recorder:
 
     def on_doubt(self, channels: Sequence[str] | None) -> None:
         self.heard.append(f"doubt {channels}")
+
+    def on_position(self) -> None:
+        raise AssertionError("the memory broker's position moves with the clock")
+
+    def about(self) -> NodeInfo:
+        raise AssertionError("nobody lists nodes here")
 
 
 def made(**retention: float) -> tuple[MemoryStore, Recorder]:

@@ -149,7 +149,11 @@ def test_switches(text: str, value: bool) -> None:
         ("listen", "127.0.0.1", ADDRESS),
         ("admin_listen", "localhost:http", ADDRESS),
         ("admin_listen", "localhost:65536", "a port is at most 65535"),
-        ("broker", "amqp://there", "it must be redis://HOST:PORT, redis+sentinel://… or redis+cluster://…, or memory://"),
+        (
+            "broker",
+            "amqp://there",
+            "it must be redis://HOST:PORT, redis+sentinel://… or redis+cluster://…, or memory://",
+        ),
         ("broker", "", "it must be redis://HOST:PORT, redis+sentinel://… or redis+cluster://…, or memory://"),
         ("broker", "redis://a,b", "several servers are redis+sentinel:// or redis+cluster://"),
         ("realm", "", "it must be 1 to 64 letters, digits, dots, dashes and underscores"),
