@@ -256,7 +256,7 @@ def test_a_loss_that_is_told_again_is_counted() -> None:
     case = Case()
     case.checker.lost(115)
 
-    case.told(100, 112, gap=True)
+    case.checker.polled("p", 100, Answer((), 112, True), now=118)
     case.told(112, 120, gap=True)
     case.store(1, 125)
     case.told(120, 126, message(1, 125))
