@@ -1,13 +1,12 @@
 """The list of nodes, for operators."""
 
-import json
 from collections.abc import Sequence
 from typing import Final
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import msgspec
+from aiohttp import ClientError, ClientSession, ClientTimeout
 
+from pushup.address import parse_address
 from pushup.errors import Unavailable
 from pushup.messages import NodeInfo
 from pushup.redis_url import parse_servers
@@ -18,18 +17,20 @@ SILENT_AFTER_S: Final = 5.0
 _COLUMNS: Final = ("NAME", "ADDRESS", "STATE", "PARKED", "CHANNELS", "CONNECTIONS", "PUBLISHED", "DELIVERED", "UP")
 
 
+class _Nodes(msgspec.Struct):
+    """What a node's admin listener answers."""
+
+    nodes: list[NodeInfo]
+
+
 async def fetch_nodes(settings: Settings) -> tuple[Sequence[NodeInfo], int]:
     """The nodes heard of in the last minute, and the time, as an id. Asks Redis, or the one node there is without it.
 
     Raises Unavailable.
     """
     if settings.broker == "memory://":
-        try:
-            with urlopen(f"http://{settings.admin_listen}/nodes", timeout=settings.broker_timeout) as reply:  # noqa: ASYNC210
-                nodes = msgspec.convert(json.load(reply)["nodes"], list[NodeInfo])
-        except (URLError, OSError) as error:
-            raise Unavailable(f"no node answers at {settings.admin_listen}, the admin address: {error}") from None
-        return nodes, max(node.seen for node in nodes)
+        nodes = await _ask_node(settings)
+        return nodes, max([node.seen for node in nodes])
     from pushup.caller import Caller
     from pushup.library import Library, parse_nodes
 
@@ -39,6 +40,23 @@ async def fetch_nodes(settings: Settings) -> tuple[Sequence[NodeInfo], int]:
         return parse_nodes(await caller.call(library.nodes()))
     finally:
         await caller.stop()
+
+
+async def _ask_node(settings: Settings) -> Sequence[NodeInfo]:
+    address = parse_address(settings.admin_listen)
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host, address.host)
+    try:
+        async with (
+            ClientSession(timeout=ClientTimeout(settings.broker_timeout)) as session,
+            session.get(f"http://{address._replace(host=host)}/nodes") as reply,
+        ):
+            nodes = msgspec.json.decode(await reply.read(), type=_Nodes).nodes
+        if not nodes:
+            raise ValueError("it knows of no node")
+    except (ClientError, OSError, ValueError) as error:
+        reason = str(error) or type(error).__name__
+        raise Unavailable(f"no node answers at {settings.admin_listen}, the admin address: {reason}") from None
+    return nodes
 
 
 def show_nodes(nodes: Sequence[NodeInfo], now: int) -> str:

@@ -51,7 +51,7 @@ LADDER = {
         "settings",
         "web",
     ),
-    "nodes": ("caller", "errors", "library", "messages", "redis_url", "settings"),
+    "nodes": ("address", "caller", "errors", "library", "messages", "redis_url", "settings"),
     "workers": ("address", "errors", "settings"),
     "cli": ("address", "errors", "logs", "nodes", "server", "settings", "version", "workers"),
     "__main__": ("cli",),
