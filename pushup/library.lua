@@ -340,9 +340,6 @@ local function put(key, seen, once, data, names)
   if #names == 0 then
     refuse('INVALID', 'a publication names at least one channel')
   end
-  if #names > NAMES_AT_ONCE then
-    refuse('INVALID', 'a publication names at most ' .. NAMES_AT_ONCE .. ' channels')
-  end
   local distinct, given = {}, names
   names = {}
   for _, name in ipairs(given) do
@@ -352,9 +349,10 @@ local function put(key, seen, once, data, names)
       names[#names + 1] = name
     end
   end
-  local realm, facts, now = open(key, seen, names)
-  if #names > realm.publish_channels then
-    refuse('INVALID', 'a publication names at most ' .. text(realm.publish_channels) .. ' channels')
+  local realm, facts, now = open(key, seen, #names <= NAMES_AT_ONCE and names or {})
+  local most = math.min(realm.publish_channels, NAMES_AT_ONCE)
+  if #names > most then
+    refuse('INVALID', 'a publication names at most ' .. text(most) .. ' channels')
   end
   data = check_data(data, realm.message_bytes)
   local shown = cjson.encode(names)

@@ -10,7 +10,7 @@ import pytest
 from redis.asyncio.connection import Connection
 from redis.exceptions import ResponseError
 
-from pushup.link import REPLIES_PER_TURN, Commands, Link, Lost, cancel
+from pushup.link import REPLIES_PER_TURN, Commands, ErrorReply, Link, Lost, cancel
 from pushup.redis_url import parse_servers
 from pushup.servers import dial
 from tests.resp import Deed, ScriptedServer, scripted
@@ -66,7 +66,7 @@ async def fate(future: asyncio.Future[Any]) -> object:
     try:
         async with asyncio.timeout(PATIENCE_S):
             return await future
-    except (ResponseError, Lost) as error:
+    except (ErrorReply, Lost) as error:
         return error
 
 
@@ -98,10 +98,43 @@ async def test_an_error_is_one_commands_own() -> None:
 
         error = await fate(bad)
 
-        assert isinstance(error, ResponseError)
+        assert isinstance(error, ErrorReply)
         assert str(error) == "NOCHANNEL a b"
         assert (await fate(one), await fate(two)) == (b"1", b"2")
         assert link.open
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ERR Function not found",
+        "MOVED 5718 192.0.2.1:1",
+        "READONLY You can't write against a read only replica.",
+        "LOADING Redis is loading the dataset in memory",
+        "NOAUTH Authentication required.",
+        "OOM command not allowed when used memory > 'maxmemory'.",
+        "NOREPLICAS Not enough good replicas to write.",
+    ],
+)
+async def test_an_error_is_told_in_the_servers_words(text: str) -> None:
+    """With the code, which redis-py takes out of some; none of them ends the connection."""
+    async with scripted(echo) as server, commands(server) as link:
+        error = await fate(link.call(("WRONG", *text.split(" "))))
+
+        assert isinstance(error, ErrorReply)
+        assert str(error) == text
+        assert await fate(link.call(("ECHO", "1"))) == b"1"
+
+
+async def test_a_command_that_cannot_be_sent_ends_the_link() -> None:
+    """Whoever waits hears of it at once, and does not wait for a reply that cannot come."""
+    async with scripted(echo) as server, commands(server) as link:
+        good, bad = link.call(("SILENCE",)), link.call(("ECHO", "\ud800"))
+
+        errors = [await fate(good), await fate(bad)]
+
+        assert [type(error) for error in errors] == [Lost, Lost]
+        assert not link.open
 
 
 async def test_a_cut_connection_fails_what_waits() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pushup.address import Address
 from pushup.redis_url import Servers, parse_servers
 
-FORMS = "it must be memory://, redis://HOST:PORT, redis+sentinel://… or redis+cluster://…"
+FORMS = "it must be redis://HOST:PORT, redis+sentinel://… or redis+cluster://…"
 SECRET = "hush-hush"
 
 
