@@ -51,6 +51,8 @@ defaults
     timeout server {silence}s
     retries 3
     option redispatch 1
+    # A client that has gone takes its poll along, which would stay parked for the rest of its time otherwise.
+    option abortonclose
     # A node that does not answer is down, and its polls go to others or their clients hear of it. One that answers 503
     # is not ready: it gets no new clients, and keeps those it has, because a node that drains answers them in its own
     # time (L7OKC: the check is passed on condition).
