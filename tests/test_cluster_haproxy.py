@@ -3,8 +3,8 @@
 import asyncio
 import re
 import subprocess
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -130,12 +130,19 @@ class FakeNode:
             ...
         finally:
             del self._serving[task]
-            writer.close()
+            await _close(writer)
 
     async def _check(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(f"HTTP/1.1 {self.status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
-        writer.close()
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(f"HTTP/1.1 {self.status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
+        await _close(writer)
+
+
+async def _close(writer: asyncio.StreamWriter) -> None:
+    writer.close()
+    with suppress(ConnectionError):
+        await writer.wait_closed()
 
 
 class Setting:
@@ -162,16 +169,34 @@ class Setting:
         """Status and body of one request on a connection of its own."""
         client = Client(self.public)
         try:
-            response = await client.request(f"{method} {target} HTTP/1.1\r\nHost: x\r\n\r\n".encode(), PATIENCE_S)
-            return response.status, response.body.decode()
+            return await self.ask_by(client, target, method)
         finally:
             await client.close()
 
-    async def asked(self, count: int) -> None:
-        """Return once the nodes have been asked so often."""
-        async with asyncio.timeout(PATIENCE_S):
-            while sum(len(node.asked) for node in self.nodes) < count:
-                await asyncio.sleep(0.01)
+    async def ask_by(self, client: Client, target: str = "/poll?start=5", method: str = "GET") -> tuple[int, str]:
+        response = await client.request(f"{method} {target} HTTP/1.1\r\nHost: x\r\n\r\n".encode(), PATIENCE_S)
+        return response.status, response.body.decode()
+
+    async def park(self, *clients: Client) -> "list[asyncio.Task[tuple[int, str]]]":
+        """A request of each that waits, half of them with each node: HAProxy gives the next one to who has fewer."""
+        for node in self.nodes:
+            node.open.clear()
+        tasks = []
+        for number, client in enumerate(clients, self._asked + 1):
+            tasks.append(asyncio.create_task(self.ask_by(client)))
+            async with asyncio.timeout(PATIENCE_S):
+                while self._asked < number:
+                    await asyncio.sleep(0.01)
+        return tasks
+
+    @property
+    def _asked(self) -> int:
+        return sum(len(node.asked) for node in self.nodes)
+
+
+async def close(clients: Sequence[Client]) -> None:
+    for client in clients:
+        await client.close()
 
 
 @pytest.fixture
@@ -223,10 +248,8 @@ async def test_a_node_that_is_not_ready_keeps_its_polls(proxy: Proxy) -> None:
     """It gets no new ones, and those it has are answered when it answers them."""
     async with setting(proxy) as it:
         draining, other = it.nodes
-        for node in it.nodes:
-            node.open.clear()
-        parked = [asyncio.create_task(it.ask()) for _ in range(4)]
-        await it.asked(4)
+        clients = [Client(it.public) for _ in range(4)]
+        parked = await it.park(*clients)
 
         draining.status = "503 Service Unavailable"
         await it.until("nolb", draining)
@@ -236,16 +259,15 @@ async def test_a_node_that_is_not_ready_keeps_its_polls(proxy: Proxy) -> None:
         draining.open.set()
 
         assert sorted([await poll for poll in parked]) == [(200, "node1")] * 2 + [(200, "node2")] * 2
+        await close(clients)
 
 
 async def test_a_node_that_is_drained_keeps_its_polls(proxy: Proxy) -> None:
     """It gets no new ones at once, without waiting for a health check."""
     async with setting(proxy) as it:
         draining, other = it.nodes
-        for node in it.nodes:
-            node.open.clear()
-        parked = [asyncio.create_task(it.ask()) for _ in range(2)]
-        await it.asked(2)
+        clients = [Client(it.public) for _ in range(2)]
+        parked = await it.park(*clients)
 
         await asyncio.to_thread(proxy.drain, draining.name)
         states = await asyncio.to_thread(proxy.servers)
@@ -255,29 +277,25 @@ async def test_a_node_that_is_drained_keeps_its_polls(proxy: Proxy) -> None:
 
         assert sorted([await poll for poll in parked]) == [(200, "node1"), (200, "node2")]
         assert {states[backend, "node1"] for backend in (HTTP_NODES, TCP_NODES)} == {"drain"}
+        await close(clients)
 
 
 async def test_a_reload_loses_nobody(proxy: Proxy) -> None:
     """A parked poll is answered by the former worker, and its client asks the new one next."""
     async with setting(proxy) as it:
         gone, kept = it.nodes
-        kept.open.clear()
-        gone.open.clear()
         clients = [Client(it.public) for _ in range(6)]
-        poll = b"GET /poll?start=5 HTTP/1.1\r\nHost: x\r\n\r\n"
-        parked = [asyncio.create_task(client.request(poll, PATIENCE_S)) for client in clients]
-        await it.asked(6)
+        parked = await it.park(*clients)
 
         await it.configure(kept)
         kept.open.set()
         gone.open.set()
 
-        assert sorted([(await poll).body for poll in parked]) == [b"node1"] * 3 + [b"node2"] * 3
+        assert sorted([await poll for poll in parked]) == [(200, "node1")] * 3 + [(200, "node2")] * 3
         gone.asked.clear()
-        assert [(await client.request(poll, PATIENCE_S)).body for client in clients] == [b"node2"] * 6
+        assert [await it.ask_by(client) for client in clients] == [(200, "node2")] * 6
         assert gone.asked == []
-        for client in clients:
-            await client.close()
+        await close(clients)
 
 
 async def test_connections_take_turns_over_tcp(proxy: Proxy) -> None:
