@@ -250,13 +250,18 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def _look(pid: int) -> tuple[str, int]:
-    """The state of a process and when it began, in ticks since boot; empty and 0 if there is none."""
+    """The state of a process and when it began, in ticks since boot; empty and 0 if there is none, or it has ended.
+
+    A zombie has ended when its threads have: until then it has sockets. Where nobody reaps orphans, as in many a
+    container, it stays for ever.
+    """
     try:
         # Its name, in parentheses, may hold anything.
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
         return "", 0
-    return fields[0], int(fields[19])
+    state, threads, started = fields[0], int(fields[17]), int(fields[19])
+    return ("", 0) if state in "ZX" and threads <= 1 else (state, started)
 
 
 def _boot() -> str:
@@ -269,5 +274,4 @@ def _state_of(life: _Life) -> str:
     if child is not None and child.poll() is not None:
         _children.pop(life.pid, None)
     state, started = _look(life.pid)
-    # A zombie has ended. Where nobody reaps orphans, as in many a container, it stays for ever.
-    return state if started == life.started and state not in "ZX" and life.boot == _boot() else ""
+    return state if started == life.started and life.boot == _boot() else ""
