@@ -412,6 +412,27 @@ async def test_a_server_that_does_not_answer(repeatable: bool) -> None:
     assert server.connections == 2
 
 
+async def test_a_time_out_ends_the_silent_connection_only() -> None:
+    """Not the one that has taken its place meanwhile, on which others wait."""
+    patience = 0.5
+    async with (
+        scripted(with_functions(in_turn(READONLY, Deed.SILENCE))) as old,
+        scripted(with_functions(in_turn("new", Deed.SILENCE))) as new,
+        scripted(sentinel(old, new)) as watcher,
+        calling(f"redis+sentinel://{watcher.address}/main", patience) as caller,
+    ):
+        moved = asyncio.create_task(caller.call(("ECHO", "1")))
+        await caller.connect()
+        slow = asyncio.create_task(refusal(caller, repeatable=False))
+        assert await moved == b"new"
+        await asyncio.sleep(patience / 2)
+        later = asyncio.create_task(caller.call(("ECHO", "2"), repeatable=False))
+        assert str(await slow) == UNKNOWN
+        new.say("later")
+
+        assert await later == b"later"
+
+
 async def test_a_server_that_does_not_even_begin_to_answer() -> None:
     """A call that was not sent was not done."""
     async with scripted(lambda *words: Deed.SILENCE) as server, calling(server.url, IMPATIENCE_S) as caller:
