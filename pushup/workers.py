@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Final
@@ -24,6 +24,7 @@ from pushup.settings import Settings
 log = logging.getLogger("pushup.workers")
 
 RESTART_PAUSE_S: Final = 1.0
+PORT_MAX: Final = 65535
 
 Serve = Callable[[Settings, "Connection[Any, Any]"], None]
 """Runs a node in this process and sends the admin address once it serves."""
@@ -40,6 +41,7 @@ class Workers:
         """By number, from 0 on."""
         self._ready: dict[int, Connection[Any, Any]] = {}
         self._signals: list[int] = []
+        _check_admin_ports(settings)
         self._reserved = _reserve(settings.listen)
         self.address = str(Address(*self._reserved.getsockname()[:2]))
         """HOST:PORT they serve on, with the real port if 0 was asked for."""
@@ -48,12 +50,14 @@ class Workers:
         """Start all, `announce` their admin addresses, mind them until a signal; the exit status."""
         for caught in (signal.SIGTERM, signal.SIGINT):
             signal.signal(caught, self._on_signal)
-        ready = [self._start(number) for number in range(self._settings.workers)]
+        for number in range(self._settings.workers):
+            self._start(number)
         try:
-            announce([connection.recv() for connection in ready])
+            announce([connection.recv() for connection in self._ready.values()])
         except EOFError:
-            # A worker that could not start has said why.
-            self._pass_on(signal.SIGTERM)
+            # A worker that could not start has said why; or there was a signal.
+            if not self._signals:
+                self._pass_on(signal.SIGTERM)
             return max(self._join())
         while not self._signals:
             ended = wait([process.sentinel for process in self._processes.values()], timeout=1.0)
@@ -64,7 +68,11 @@ class Workers:
                     self._start(number)
         return max(self._join())
 
-    def _start(self, number: int) -> "Connection[Any, Any]":
+    def _start(self, number: int) -> None:
+        """Start a worker, unless all are to end."""
+        told = len(self._signals)
+        if told:
+            return
         settings = worker_settings(self._settings, number, self.address)
         receiving, sending = self._context.Pipe(duplex=False)
         process = self._context.Process(target=self._serve, args=(settings, sending), name=f"pushup-worker-{number}")
@@ -72,14 +80,16 @@ class Workers:
         sending.close()
         self._processes[number] = process
         self._ready[number] = receiving  # Kept, or the worker would write to nobody.
-        return receiving
+        if len(self._signals) > told:
+            # It came before this process was among those that are told.
+            self._pass_on(self._signals[-1], [process])
 
     def _on_signal(self, number: int, frame: object) -> None:
         self._signals.append(number)
         self._pass_on(number)
 
-    def _pass_on(self, number: int) -> None:
-        for process in self._processes.values():
+    def _pass_on(self, number: int, processes: Iterable[BaseProcess] | None = None) -> None:
+        for process in self._processes.values() if processes is None else processes:
             if process.pid is not None and process.is_alive():
                 os.kill(process.pid, number)
 
@@ -87,7 +97,9 @@ class Workers:
         for process in self._processes.values():
             process.join()
         self._reserved.close()
-        return [abs(process.exitcode or 0) for process in self._processes.values()]
+        # One that was told to end before it could listen to that has failed in nothing.
+        codes = [process.exitcode or 0 for process in self._processes.values()]
+        return [0 if code == -signal.SIGTERM else abs(code) for code in codes]
 
 
 def worker_settings(settings: Settings, number: int, address: str) -> Settings:
@@ -97,6 +109,14 @@ def worker_settings(settings: Settings, number: int, address: str) -> Settings:
         admin = admin._replace(port=admin.port + number)
     name = settings.name if settings.name == "auto" else f"{settings.name}-{number + 1}"
     return msgspec.structs.replace(settings, listen=address, admin_listen=str(admin), name=name, workers=1)
+
+
+def _check_admin_ports(settings: Settings) -> None:
+    last = parse_address(settings.admin_listen).port + settings.workers - 1
+    if last > PORT_MAX:
+        raise SettingsError(
+            f"admin_listen = {settings.admin_listen!r}: {settings.workers} workers need ports up to {last}"
+        )
 
 
 def _reserve(listen: str) -> socket.socket:
