@@ -58,15 +58,16 @@ class Workers:
             # A worker that could not start has said why; or there was a signal.
             if not self._signals:
                 self._pass_on(signal.SIGTERM)
-            return max(self._join())
+            return max(self._join(), default=0)
         while not self._signals:
             ended = wait([process.sentinel for process in self._processes.values()], timeout=1.0)
             for number, process in list(self._processes.items()):
                 if process.sentinel in ended and not self._signals:
                     log.error("a worker died", extra={"worker": number, "exit": process.exitcode})
+                    del self._processes[number]
                     time.sleep(RESTART_PAUSE_S)
                     self._start(number)
-        return max(self._join())
+        return max(self._join(), default=0)
 
     def _start(self, number: int) -> None:
         """Start a worker, unless all are to end."""
