@@ -268,6 +268,21 @@ def test_a_loss_that_is_told_again_is_counted() -> None:
     assert (verdict.true_gaps, verdict.more_gaps) == (3, 1)
 
 
+def test_two_masters_may_be_told_of_late() -> None:
+    """What a cursor passed while both served was not knowable then, but a gap must follow; elsewhere that is too late."""
+    case = Case()
+    for number, id in enumerate((105, 120, 130), 1):
+        case.store(number, id)
+    case.checker.lost(110, 140)
+
+    case.told(100, 131)
+    case.told(131, 145, gap=True)
+
+    verdict = case.verdict()
+    assert verdict.evidence == ["losses: p [100, 145): id 105, publication 1 to a"]
+    assert verdict.late == 2
+
+
 def test_an_unknown_publication_may_be_there_or_not() -> None:
     case = Case()
     case.checker.sent(1, ("a",))

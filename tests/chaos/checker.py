@@ -55,8 +55,9 @@ class Verdict:
 
     `acknowledged`, `refused` and `unknown` are publications by their outcome, `deliveries` messages in answers,
     `true_gaps` answers with a gap where the store lost data, `felt_gaps` those of them over an acknowledged message
-    that their poller does not have, `more_gaps` those that told a poller again of the same loss, `slowest_s` the
-    longest time from storing a message to a poller having it.
+    that their poller does not have, `more_gaps` those that told a poller again of the same loss, `late` messages that a
+    cursor passed while two servers took themselves for the master, and of which only a later answer's gap told,
+    `slowest_s` the longest time from storing a message to a poller having it.
     """
 
     acknowledged: int = 0
@@ -66,6 +67,7 @@ class Verdict:
     true_gaps: int = 0
     felt_gaps: int = 0
     more_gaps: int = 0
+    late: int = 0
     slowest_s: float = 0.0
     wrongs: Counter[str] = field(default_factory=Counter)
     evidence: list[str] = field(default_factory=list)
@@ -112,7 +114,7 @@ class Checker:
         """By id: number and channels of everything acknowledged or received by anybody."""
         self._acknowledged: set[int] = set()
         self._pollers: dict[str, _Poller] = {}
-        self._losses: list[int] = []
+        self._losses: list[tuple[int, int | None]] = []
         self._deliveries = 0
         self._slowest_us = 0
         self._wrongs: Counter[str] = Counter()
@@ -147,9 +149,10 @@ class Checker:
 
     # What the store's keeper says
 
-    def lost(self, at: int) -> None:
-        """By now, as an id, the store was made to lose what it had. It was well again when it next acknowledged."""
-        self._losses.append(at)
+    def lost(self, at: int, well: int | None = None) -> None:
+        """Then, as an id, the store was made to lose what it had. It was well again at `well`, or when it next
+        acknowledged."""
+        self._losses.append((at, well))
 
     # What pollers say
 
@@ -216,7 +219,10 @@ class Checker:
             for channel in self._stored[id][1]:
                 by_channel.setdefault(channel, []).append(id)
         acknowledged = sorted(self._acknowledged)
-        losses = [(lost, next(iter(acknowledged[bisect_left(acknowledged, lost) :]), MAX_ID)) for lost in self._losses]
+        losses = [
+            (lost, well or next(iter(acknowledged[bisect_left(acknowledged, lost) :]), MAX_ID))
+            for lost, well in self._losses
+        ]
         for name, poller in self._pollers.items():
             self._judge(name, poller, by_channel, losses, verdict)
         for number, publication in self._publications.items():
@@ -251,6 +257,9 @@ class Checker:
             else:
                 _note(verdict.wrongs, verdict.evidence, "false_gaps", f"{name} [{start}, {next})")
         for id in sorted(missing - excused):
+            if any(lost <= id < start < well for lost, well in losses for start, _, _ in poller.gaps):
+                verdict.late += 1
+                continue
             kind = "losses" if id in self._acknowledged else "uneven"
             number, channels = self._stored[id]
             _note(
@@ -261,7 +270,7 @@ class Checker:
             )
 
     def _lost_between(self, ids: Iterable[int]) -> bool:
-        return any(min(ids) <= lost <= max(ids) for lost in self._losses)
+        return any(min(ids) <= (well or lost) and max(ids) >= lost for lost, well in self._losses)
 
     def _hear(self, message: Message, state: _Poller, where: str) -> None:
         publication = self._publications.get(message.data)

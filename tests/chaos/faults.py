@@ -240,6 +240,26 @@ async def fail_over(scene: Scene, cluster: Cluster) -> None:
     await _ready(cluster)
 
 
+async def stall_master(scene: Scene, cluster: Cluster) -> None:
+    """The realm's master stands still until a replica has taken its place, and then wakes up as if nothing had been.
+
+    What it acknowledges before it hears that it is no longer the master is lost.
+    """
+    stalled = await _blocking(_owner, cluster)
+    if stalled is None:
+        raise FaultFailed("no Redis server has the realm")
+    await _blocking(stalled.pause)
+    at = _now_id()
+    try:
+        await _until(lambda: _owner(cluster) is not None, f"another master took the place of {stalled.name}")
+        await asyncio.sleep(scene.rng.uniform(0, 2))
+    finally:
+        await _blocking(stalled.resume)
+    await _until(stalled.follows, f"{stalled.name} became a replica")
+    await _ready(cluster)
+    scene.checker.lost(at, _now_id())
+
+
 def _owner(cluster: Cluster) -> Store | None:
     """The master that has the realm, as a Redis server that runs sees it; None: there is none now."""
     masters = [store for store in cluster.stores if store.role() == "master"]
@@ -304,6 +324,18 @@ FAULTS: Final[Mapping[str, Fault]] = {
             f"SIGKILL of the Redis Cluster master that has the realm; it comes back as a replica. {DEAF} replicas and "
             f"nodes heard nothing for {DEAF_S:g} s before.",
             fail_over,
+            "cluster",
+        ),
+        Fault(
+            "sentinel-stall",
+            "SIGSTOP of the master under Sentinel until another one has taken its place.",
+            stall_master,
+            "sentinel",
+        ),
+        Fault(
+            "cluster-stall",
+            "SIGSTOP of the Redis Cluster master that has the realm until another one has taken its place.",
+            stall_master,
             "cluster",
         ),
         Fault("proxy-reload", f"HAProxy reads its configuration again, {RELOADS} times.", reload_proxy),

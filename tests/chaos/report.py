@@ -22,7 +22,8 @@ goes on until its cursor is above the last acknowledged message. `checker.py` kn
   error: it may be stored or not.
 - *gaps told*: answers with `"gap": true`; *over a loss* are those that covered an acknowledged message their poller did
   not get. After a failover or an empty restart every poller is told, whether something of its own was lost or not;
-  *told again* are those that told a poller once more of the same loss.
+  *told again* are those that told a poller once more of the same loss. *Told late* are messages that a cursor
+  passed while two servers took themselves for the master, and of which only a later answer's gap told.
 - *slowest*: the longest time from storing a message to a poller having it, the outage and the poller's own rest (up to
   0.5 s between two polls) included.
 - A fault fails when one of these is not 0:
@@ -38,6 +39,7 @@ COLUMNS: Final = (
     "gaps told",
     "over a loss",
     "told again",
+    "told late",
     "false gaps",
     "duplicates",
     "out of order",
@@ -95,6 +97,7 @@ def _row(name: str, result: Mapping[str, Any]) -> str:
         f"{verdict['true_gaps'] + wrongs.get('false_gaps', 0):,}",
         f"{verdict['felt_gaps']:,}",
         f"{verdict['more_gaps']:,}",
+        f"{verdict['late']:,}",
         *(f"{wrongs.get(kind, 0):,}" for kind in shown),
         f"{sum(count for kind, count in wrongs.items() if kind not in shown):,}",
         f"{verdict['slowest_s']:.1f} s",
