@@ -269,7 +269,7 @@ def test_a_loss_that_is_told_again_is_counted() -> None:
 
 
 def test_two_masters_may_be_told_of_late() -> None:
-    """What a cursor passed while both served was not knowable then, but a gap must follow; elsewhere that is too late."""
+    """What a cursor passed while both served was not knowable then, but a gap must follow. Elsewhere it is late."""
     case = Case()
     for number, id in enumerate((105, 120, 130), 1):
         case.store(number, id)

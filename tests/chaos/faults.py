@@ -58,6 +58,8 @@ class Fault:
     store: Literal["memory", "standalone", "sentinel", "cluster"] = "standalone"
     start: int | None = None
     cuts: bool = False
+    extra: bool = False
+    """Beyond what the promise was made for; it runs when it is named."""
 
 
 @contextmanager
@@ -331,12 +333,14 @@ FAULTS: Final[Mapping[str, Fault]] = {
             "SIGSTOP of the master under Sentinel until another one has taken its place.",
             stall_master,
             "sentinel",
+            extra=True,
         ),
         Fault(
             "cluster-stall",
             "SIGSTOP of the Redis Cluster master that has the realm until another one has taken its place.",
             stall_master,
             "cluster",
+            extra=True,
         ),
         Fault("proxy-reload", f"HAProxy reads its configuration again, {RELOADS} times.", reload_proxy),
         Fault(

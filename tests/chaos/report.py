@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tests.chaos.checker import WRONGS
+from tests.chaos.faults import Fault
 
 HERE: Final = Path(__file__).parent
 RESULTS: Final = HERE / "results.json"
@@ -27,6 +28,12 @@ goes on until its cursor is above the last acknowledged message. `checker.py` kn
 - *slowest*: the longest time from storing a message to a poller having it, the outage and the poller's own rest (up to
   0.5 s between two polls) included.
 - A fault fails when one of these is not 0:
+"""
+
+EXTRA: Final = """\
+Beyond the list, run only when named: a master that stands still while another one takes its place, and then wakes up.
+For a moment there are two. What a publisher that talks to Redis itself sent to the first one before, and what that one
+acknowledges before it hears that it is no longer the master, is lost; replication in Redis does not prevent it.\
 """
 
 COLUMNS: Final = (
@@ -59,19 +66,20 @@ def keep(results: Mapping[str, Mapping[str, Any]], order: Sequence[str], path: P
     return kept
 
 
-def render(results: Mapping[str, Mapping[str, Any]], descriptions: Mapping[str, str]) -> str:
+def render(results: Mapping[str, Mapping[str, Any]], faults: Mapping[str, Fault]) -> str:
     """The report's text. `results`: raw results by fault."""
     parts = [INTRODUCTION]
     parts += [f"  - {kind.replace('_', ' ')}: {text}." for kind, text in WRONGS.items()]
-    parts += ["", "| " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * (len(COLUMNS) - 1)]
-    parts += [_row(name, result) for name, result in results.items()]
-    parts.append("")
+    parts += _table({name: result for name, result in results.items() if not faults[name].extra})
+    extra = {name: result for name, result in results.items() if faults[name].extra}
+    if extra:
+        parts += [EXTRA, *_table(extra)]
     for name, result in results.items():
         plan = result["plan"]
         parts += [
             f"## {name}",
             "",
-            f"{descriptions[name]} {plan['pollers']} pollers, {plan['channels']} channels, {plan['nodes']} nodes, "
+            f"{faults[name].description} {plan['pollers']} pollers, {plan['channels']} channels, {plan['nodes']} nodes, "
             f"{plan['rate']:g} publications/s, seed {result['seed']}, {result['seconds']:.0f} s, {result['started']}, "
             f"commit {result['commit']}. This process used {result['busy']:.0%} of a core; "
             f"its longest late turn was {result['lag_s']:.2f} s.",
@@ -84,6 +92,11 @@ def render(results: Mapping[str, Mapping[str, Any]], descriptions: Mapping[str, 
             "",
         ]
     return "\n".join(parts)
+
+
+def _table(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    head = ["", "| " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * (len(COLUMNS) - 1)]
+    return [*head, *(_row(name, result) for name, result in results.items()), ""]
 
 
 def _row(name: str, result: Mapping[str, Any]) -> str:
