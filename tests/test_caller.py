@@ -4,10 +4,12 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 from uuid import uuid4
 
 import pytest
 import redis
+from redis.asyncio.connection import AbstractConnection, Connection
 from redis.exceptions import ResponseError
 
 from pushup.caller import UNKNOWN, Caller
@@ -15,6 +17,7 @@ from pushup.errors import BrokerRefused, ChannelNotFound, InvalidRequest, PushUp
 from pushup.library import SOURCE, VERSION, Library, parse_histories
 from pushup.messages import Message, Publication, Receipt
 from pushup.redis_url import parse_servers
+from pushup.servers import dial
 from tests.redis_server import RedisServer
 from tests.resp import Deed, Script, ScriptedServer, proxied, scripted
 from tests.support import PATIENCE_S, eventually
@@ -164,6 +167,41 @@ async def test_a_broken_connection_is_replaced() -> None:
 
         assert await caller.call(("ECHO", "2"), repeatable=False) == b"done"
         assert server.connections == 2
+
+
+class Fleeting(Connection):
+    """A connection that breaks with its first reply."""
+
+    async def connect(self) -> None:
+        self.replies = [VERSION]
+
+    async def read_response(self, *arguments: Any, **options: Any) -> Any:
+        if not self.replies:
+            raise redis.ConnectionError("gone")
+        return self.replies.pop()
+
+    async def send_packed_command(self, *arguments: Any, **options: Any) -> None:
+        await asyncio.Event().wait()
+
+    async def disconnect(self, *arguments: Any, **options: Any) -> None:
+        pass
+
+
+async def test_a_connection_that_breaks_before_anything_was_sent() -> None:
+    """What has not been sent has not been done: it is sent on the next one, be it repeatable or not."""
+    async with scripted(with_functions(lambda *words: "done")) as server:
+        servers = parse_servers(server.url)
+        fleeting: list[AbstractConnection] = [Fleeting()]
+        caller = Caller(
+            servers,
+            Library("r"),
+            PATIENCE_S,
+            lambda address: fleeting.pop() if fleeting else dial(servers, address, PATIENCE_S),
+        )
+
+        assert await caller.call(("ECHO", "1"), repeatable=False) == b"done"
+        assert (fleeting, server.connections) == ([], 1)
+        await caller.stop()
 
 
 async def test_who_gives_up_while_connecting_hinders_nobody() -> None:

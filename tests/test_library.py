@@ -950,6 +950,7 @@ def test_what_a_closed_channel_had_is_below_its_floor(realm: Realm) -> None:
     assert [ear.hear()[:6] for _ in range(3)][2] == b"closed"
     assert parse(ear.hear()) == (new, last)
     assert realm.record()["closed"] == "0"
+    assert not realm.client.exists(f"{realm.key}:closed")
 
 
 def test_closed_channels_are_remembered_up_to_a_number(realm: Realm) -> None:
