@@ -29,6 +29,8 @@ local NAME_BYTES = 255
 local NESTING = 100
 local NAMES_AT_ONCE = 1000
 local CLOSED_REMEMBERED = 10000
+local STALLED = 4 * SECOND
+local DOUBTED = 2 * SECOND
 local NODE_FORGOTTEN = 60 * SECOND
 local SWEPT_AT_ONCE = 100
 
@@ -208,6 +210,27 @@ local function lose(key, realm, now, seen)
   save_realm(key, realm)
 end
 
+-- A master that was frozen may have been replaced meanwhile, and not know it yet: what it acknowledges in that state is
+-- lost. While a node is there, it ticks every second; so a server that has replicas, or is one of a cluster, and finds
+-- that nothing has happened for longer, takes no writes until it has had time to hear from the others.
+local doubt_until = 0
+local function suspect(key, realm, now)
+  if now - realm.last > STALLED then
+    local info = redis.pcall('INFO', 'replication', 'cluster')
+    if type(info) == 'string' and not (string.find(info, 'connected_slaves:0') and string.find(info, 'cluster_enabled:0')) then
+      doubt_until = now + DOUBTED
+      realm.last = now - 1
+      redis.call('HSET', key, 'last', text(realm.last))
+    end
+  end
+end
+
+local function refuse_in_doubt(now)
+  if now < doubt_until then
+    refuse('TRYAGAIN', 'nothing was heard here for a while, and another server may have taken over')
+  end
+end
+
 -- The realm as it is now, with the facts of the channels named. `seen` is the highest id the caller knows of: all
 -- cursors it handed out are at most one above. Notices that the store has lost something, before anything else is done.
 local function open(key, seen, names)
@@ -240,7 +263,9 @@ local function open(key, seen, names)
     realm.run = run_id()
     if seen > realm.last or (before ~= realm.run and realm.kept ~= '1') then
       lose(key, realm, now, seen)
-    elseif before ~= realm.run then
+    elseif before == realm.run then
+      suspect(key, realm, now)
+    else
       realm.since = realm.last
       save_realm(key, realm)
     end
@@ -357,6 +382,7 @@ local function put(key, seen, once, data, names)
   if #names > most then
     refuse('INVALID', 'a publication names at most ' .. text(most) .. ' channels')
   end
+  refuse_in_doubt(now)
   data = check_data(data, realm.message_bytes)
   local shown = cjson.encode(names)
   local memo
@@ -468,6 +494,7 @@ end
 local function create(key, args)
   local name = args[2]
   local realm, facts, now = open(key, args[1], {name})
+  refuse_in_doubt(now)
   if name == '' then
     realm.last = math.max(now, realm.last + 1)
     redis.call('HSET', key, 'last', text(realm.last))
@@ -490,6 +517,7 @@ end
 -- SEEN NAME TTL-OR-EMPTY -> description
 local function renew(key, args)
   local realm, facts, now = known(key, args[1], args[2])
+  refuse_in_doubt(now)
   facts.ttl = duration(args[3]) or facts.ttl
   facts.expires = now + facts.ttl
   local due = tonumber(redis.call('ZSCORE', key .. ':due', args[2]) or facts.expires)
@@ -520,6 +548,7 @@ end
 -- SEEN NAME
 local function close(key, args)
   local realm, facts, now = known(key, args[1], args[2])
+  refuse_in_doubt(now)
   finish(key, realm, args[2], facts, now)
   return redis.status_reply('OK')
 end
@@ -639,16 +668,27 @@ local function tick(key, args)
   return {text(at), origin(realm)}
 end
 
--- SEEN ORIGIN SEEN-THERE KEPT TTL WINDOW MAX_MESSAGES IDEMPOTENCY IMPLICIT MESSAGE_BYTES PUBLISH_CHANNELS ->
--- {position, origin}. A node begins, or begins again. ORIGIN is the one it knew before, and SEEN-THERE the highest
--- id it knows from there: if that is above the last id before this run, the two served at the same time (a master that
--- was cut off), and what the other one acknowledged is not here.
--- KEPT: whether this server keeps every acknowledged write over a restart, and has no replica that could take its place.
-local function attach(key, args)
+-- SEEN ORIGIN SEEN-THERE. Whoever knows of ids that another server has given says so here. ORIGIN is the server it knows
+-- them from, and SEEN-THERE the highest: if that is above the last id before this run, the two served at the same time (a
+-- master that was cut off), and what the other one acknowledged is not here.
+local function compare(key, args)
   local realm, _, now = open(key, args[1], {})
   if args[2] ~= '' and args[2] ~= origin(realm) and tonumber(args[3]) > realm.since then
     lose(key, realm, now, tonumber(args[1]))
   end
+  return realm, now
+end
+
+local function witness(key, args)
+  local realm, now = compare(key, args)
+  return {text(position(key, realm, now)), origin(realm)}
+end
+
+-- SEEN ORIGIN SEEN-THERE KEPT TTL WINDOW MAX_MESSAGES IDEMPOTENCY IMPLICIT MESSAGE_BYTES PUBLISH_CHANNELS ->
+-- {position, origin}. A node begins, or begins again.
+-- KEPT: whether this server keeps every acknowledged write over a restart, and has no replica that could take its place.
+local function attach(key, args)
+  local realm, now = compare(key, args)
   realm.kept = args[4]
   realm.ttl, realm.window, realm.max_messages = tonumber(args[5]), tonumber(args[6]), tonumber(args[7])
   realm.idempotency, realm.implicit = tonumber(args[8]), tonumber(args[9])
@@ -698,6 +738,7 @@ register('list', list, {'allow-oom'})
 register('read', read, {'allow-oom'})
 register('tick', tick, {'allow-oom'})
 register('attach', attach, {'allow-oom'})
+register('witness', witness, {'allow-oom'})
 register('leave', leave, {'allow-oom'})
 register('nodes', nodes, {'allow-oom'})
 redis.register_function({function_name = 'pushup_version', callback = version, flags = {'no-writes'}})

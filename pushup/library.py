@@ -127,6 +127,10 @@ class Library:
             retention.publish_channels,
         )
 
+    def witness(self, seen: int, origin: str, seen_there: int) -> Call:
+        """Say what another server has given; see `parse_position`."""
+        return self._call("witness", seen, origin, seen_there)
+
     def leave(self, node: str) -> Call:
         return self._call("leave", node)
 

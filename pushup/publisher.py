@@ -91,10 +91,6 @@ def _merge(
     return results
 
 
-def _highest(seen: int, results: Iterable[Receipt | PushUpError]) -> int:
-    return max([seen, *[result.id for result in results if isinstance(result, Receipt)]])
-
-
 def _only(results: Sequence[Receipt | PushUpError]) -> int:
     (result,) = results
     if isinstance(result, PushUpError):
@@ -111,6 +107,9 @@ class AsyncPublisher:
     def __init__(self, url: str, *, realm: str = "default", timeout: float = TIMEOUT_S) -> None:
         self._caller = Caller(parse_servers(url), Library(realm), timeout)
         self._seen = 0
+        self._origin = ""
+        self._seen_there = 0
+        """The highest id that came from there."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -140,9 +139,22 @@ class AsyncPublisher:
         replies: list[tuple[Receipt, str] | PushUpError] = []
         for at in range(0, len(publications), PUBLISHED_AT_ONCE):
             replies += await self._caller.publish(self._seen, publications[at : at + PUBLISHED_AT_ONCE])
-        results = _merge(parsed, replies)
-        self._seen = _highest(self._seen, results)
-        return results
+        for reply in replies:
+            if not isinstance(reply, PushUpError):
+                await self._note(*reply)
+        return _merge(parsed, replies)
+
+    async def _note(self, receipt: Receipt, origin: str) -> None:
+        """Remember the receipt. Tell a server that is new here what the one before had given: it may not have it."""
+        self._seen = max(self._seen, receipt.id)
+        if self._origin not in ("", origin):
+            try:
+                await self._caller.call(self._caller.library.witness(self._seen, self._origin, self._seen_there))
+            except PushUpError:
+                return  # The next receipt will have it said.
+            self._seen_there = 0
+        self._origin = origin
+        self._seen_there = max(self._seen_there, receipt.id)
 
 
 class Publisher:

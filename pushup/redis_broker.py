@@ -24,7 +24,7 @@ from redis.asyncio.connection import AbstractConnection
 
 from pushup.address import Address
 from pushup.broker import Listener
-from pushup.caller import Caller
+from pushup.caller import UNKNOWN, Caller
 from pushup.errors import BrokerRefused, PushUpError, Unavailable
 from pushup.library import (
     SECOND,
@@ -204,6 +204,8 @@ class RedisBroker:
         self._audits: list[str] = []
         self._outgoing: list[Outgoing] = []
         self._publishing: set[asyncio.Task[None]] = set()
+        self._next_proof: asyncio.Future[None]
+        """Done when another session is proved."""
         self._echo: asyncio.Future[None]
         """Done when the tick under way is heard."""
 
@@ -217,6 +219,7 @@ class RedisBroker:
     async def start(self, listener: Listener) -> None:
         """Return once there is a session. Raises Unavailable if there is none in time."""
         self._listener = listener
+        self._next_proof = asyncio.get_running_loop().create_future()
         self._supervisor = asyncio.create_task(self._supervise())
         try:
             async with asyncio.timeout(self._timeout):
@@ -396,6 +399,8 @@ class RedisBroker:
         if self.sessions > 1:
             self._listener.on_doubt(None)
         self._proved.set()
+        self._next_proof.set_result(None)
+        self._next_proof = asyncio.get_running_loop().create_future()
         log.info("hearing the broker", extra={"broker": self.name, "server": str(session.address)})
 
     def _advance(self, position: int) -> None:
@@ -469,11 +474,28 @@ class RedisBroker:
 
     async def _publish(self, outgoing: Sequence[Outgoing]) -> None:
         publications = [publication for some, _ in outgoing for publication in some]
-        replies = iter(await self._caller.publish(self._seen, publications))
+        replies = iter(await self._confirm(await self._caller.publish(self._seen, publications)))
         for some, future in outgoing:
             results = [self._receipt(reply) for reply in itertools.islice(replies, len(some))]
             if not future.done():
                 future.set_result(results)
+
+    async def _confirm(
+        self, replies: Sequence[tuple[Receipt, str] | PushUpError]
+    ) -> Sequence[tuple[Receipt, str] | PushUpError]:
+        """Believe no receipt of a server that has been replaced: it may have given it without knowing."""
+        origins = {reply[1] for reply in replies if not isinstance(reply, PushUpError)}
+        if origins <= {self._origin}:
+            return replies
+        # It may also be from the one with which the next session will be.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._timeout):
+                while not origins <= {self._origin}:
+                    await asyncio.shield(self._next_proof)
+        return [
+            reply if isinstance(reply, PushUpError) or reply[1] == self._origin else Unavailable(UNKNOWN)
+            for reply in replies
+        ]
 
     def _receipt(self, reply: tuple[Receipt, str] | PushUpError) -> Receipt | PushUpError:
         if isinstance(reply, PushUpError):

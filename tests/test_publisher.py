@@ -484,3 +484,19 @@ def test_a_program_that_does_not_close_it(redis_server: RedisServer, realm: str)
     )
 
     assert [message.id for message in stored(redis_server, realm, "a")] == [int(printed)]
+
+
+async def test_a_new_server_hears_what_the_one_before_had_given(redis_server: RedisServer) -> None:
+    """If that is more than it has, both served at the same time, and everybody is told of a gap."""
+    realm = uuid4().hex
+    with redis_server.client() as client:
+        async with AsyncPublisher(redis_server.url, realm=realm) as publisher:
+            first = await publisher.publish("a", 1)
+            publisher._origin = "another:1"
+            publisher._seen_there = first
+            second = await publisher.publish("a", 2)
+        call = Library(realm).read(0, "me", "token", {"a": 0})
+        history = parse_histories(client.execute_command(*call), ["a"])[0]["a"]
+
+    assert history is not None
+    assert history.floor > second

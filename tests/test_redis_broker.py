@@ -5,19 +5,20 @@ import json
 import math
 import socket
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pytest
+from redis import ResponseError
 from redis.asyncio.connection import AbstractConnection
 
 import pushup.redis_broker
 from pushup.address import Address
 from pushup.errors import Unavailable
-from pushup.library import realm_key
+from pushup.library import SOURCE, realm_key
 from pushup.messages import Publication, Receipt, Retention
 from pushup.redis_broker import RedisBroker
 from pushup.redis_url import parse_servers
@@ -500,3 +501,51 @@ async def test_a_poll_of_cold_channels_does_not_wait_for_a_tick(
         second = publish_directly(redis_server, "b", realm=realm)
 
         assert ids(await poll(client, "a", "b", start=first + 1)) == [second]
+
+
+async def test_a_receipt_of_a_server_that_was_replaced_is_not_believed(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have given it before it knew. Whether the message is stored is unknown, and the publisher is told so."""
+    async with deaf_broker(redis_server) as (broker, _, _):
+        monkeypatch.setattr(broker, "_timeout", 0.05)
+        honest = broker._caller.publish
+
+        async def publish(seen: int, publications: Sequence[Publication]) -> Any:
+            return [(receipt, "another:1") for receipt, _ in await honest(seen, publications)]  # type: ignore[misc]
+
+        monkeypatch.setattr(broker._caller, "publish", publish)
+        (result,) = await broker.publish([Publication(("a",), b"1")])
+
+        assert isinstance(result, Unavailable)
+        assert "may have been done or not" in result.detail
+
+
+async def test_a_master_that_was_frozen_takes_no_writes_at_first(own_redis: RedisServer, tmp_path: Path) -> None:
+    """It may have been replaced meanwhile: nothing is acknowledged until it has had time to hear of that."""
+    (tmp_path / "replica").mkdir()
+    with RedisServer(tmp_path / "replica", f"replicaof 127.0.0.1 {own_redis.port}") as replica:
+        with replica.client() as follower:
+            await eventually(lambda: follower.info("replication")["master_link_status"] == "up", "the replica follows")
+        with own_redis.client() as operator:
+            operator.function_load(SOURCE)
+            publish_directly(own_redis, "a")
+            # As if the last thing that happened there was long ago.
+            operator.hincrby(realm_key("default"), "last", -10_000_000)
+            with pytest.raises(ResponseError, match="another server may have taken over"):
+                publish_directly(own_redis, "a")
+            with pytest.raises(ResponseError, match="another server may have taken over"):
+                publish_directly(own_redis, "a")
+            await asyncio.sleep(2.1)
+
+        assert publish_directly(own_redis, "a") > 0
+
+
+async def test_a_server_without_replicas_is_not_suspected(own_redis: RedisServer) -> None:
+    """Nobody could have taken its place."""
+    with own_redis.client() as operator:
+        operator.function_load(SOURCE)
+        publish_directly(own_redis, "a")
+        operator.hincrby(realm_key("default"), "last", -10_000_000)
+
+    assert publish_directly(own_redis, "a") > 0
