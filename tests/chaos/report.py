@@ -80,8 +80,8 @@ def render(results: Mapping[str, Mapping[str, Any]], faults: Mapping[str, Fault]
             f"## {name}",
             "",
             f"{faults[name].description} {plan['pollers']} pollers, {plan['channels']} channels, {plan['nodes']} "
-            f"nodes, {plan['rate']:g} publications/s, seed {result['seed']}, {result['seconds']:.0f} s, {result['started']}, "
-            f"commit {result['commit']}. This process used {result['busy']:.0%} of a core; "
+            f"nodes, {plan['rate']:g} publications/s, seed {result['seed']}, {result['seconds']:.0f} s, "
+            f"{result['started']}, commit {result['commit']}. This process used {result['busy']:.0%} of a core; "
             f"its longest late turn was {result['lag_s']:.2f} s.",
             "",
             f"- poll errors that pollers met and got over: {_counts(result['poll_errors'])}",
