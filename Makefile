@@ -4,10 +4,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help run test check format chaos bench build clean
+.PHONY: help run cluster test check format chaos bench build clean
 
 help:
 	@echo "make run     a node on http://127.0.0.1:8080 with the demo page (ARGS='--help' shows the settings)"
+	@echo "make cluster four nodes over Redis behind HAProxy, with the example application; more by python -m cluster"
 	@echo "make test    all tests, after installing what they need"
 	@echo "make check   types, lint, format"
 	@echo "make format  put the code into its form"
@@ -17,6 +18,10 @@ help:
 
 run: $(VENV)/.run
 	$(BIN)/pushup serve --demo $(ARGS)
+
+cluster: $(VENV)/.dev
+	tests/install-debian.sh haproxy redis-server
+	$(BIN)/python -m cluster up --nodes 4 --example $(ARGS)
 
 test: $(VENV)/.dev
 	tests/install-debian.sh chromium chromium-driver haproxy openssl redis-server

@@ -34,7 +34,7 @@ Channels = str | int | Sequence[str | int]
 
 
 def make_publication(channels: Any, data: Any, key: Any = None) -> Publication:
-    """A publication of any JSON value. Raises InvalidParameter."""
+    """A publication of any JSON value; NaN and infinities, which JSON has not, become null. Raises InvalidParameter."""
     try:
         names = [channels] if isinstance(channels, str | int) else list(channels)
     except TypeError:
