@@ -32,8 +32,8 @@ goes on until its cursor is above the last acknowledged message. `checker.py` kn
 
 EXTRA: Final = """\
 Beyond the list, run only when named: a master that stands still while another one takes its place, and then wakes up.
-For a moment there are two. What a publisher that talks to Redis itself sent to the first one before, and what that one
-acknowledges before it hears that it is no longer the master, is lost; replication in Redis does not prevent it.\
+For a moment there are two, and what the first one acknowledges before it hears that it has been replaced would be lost:
+Redis' replication does not prevent it. PushUp's functions take no writes after a silence until there was time to hear.\
 """
 
 COLUMNS: Final = (
