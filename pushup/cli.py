@@ -18,7 +18,7 @@ from pushup.address import parse_address
 from pushup.errors import PushUpError, SettingsError
 from pushup.logs import configure
 from pushup.nodes import fetch_nodes, show_nodes
-from pushup.server import Server, broker_name, serve
+from pushup.server import Server, serve
 from pushup.settings import ENV_PREFIX, FIELDS, Loaded, Settings, load, show
 from pushup.version import __version__
 from pushup.workers import Workers
@@ -185,7 +185,7 @@ def _announce(settings: Settings, address: str, admin_address: str) -> None:
         f"PushUp {__version__}",
         f"  polls and publications  http://{address}" + (f"  ({', '.join(notes)})" if notes else ""),
         f"  health and metrics      http://{admin_address}",
-        f"  broker                  {broker_name(settings)}",
+        f"  broker                  {show('broker', settings.broker)}",
         f"  access                  open: whoever reaches the port may publish and poll{beyond}",
     ]
     print("\n".join(lines), flush=True)

@@ -153,14 +153,14 @@ local function check_data(data, most)
   return data
 end
 
--- Realm: run of the server process that wrote last, whether that server keeps every acknowledged write over a restart (1),
--- the id at which the realm came into being, the last one given before that run, the floor of all channels, that of channels not known here, the number of channels
--- and of closed ones remembered; then the defaults: ttl, window, max_messages, idempotency window, whether named
--- channels come into being by being used, most bytes of a message, most channels of a publication. Times in
--- microseconds.
+-- Realm: run of the server process that wrote last, whether that server keeps every acknowledged write over a restart
+-- (1), the id at which the realm came into being, the last one given before that run, the floor of all channels, that of
+-- channels not known here, the number of channels and of closed ones remembered; then the defaults: ttl, window,
+-- max_messages, idempotency window, whether named channels come into being by being used, most bytes of a message, most
+-- channels of a publication. Times in microseconds.
 
-local REALM = {'birth', 'since', 'floor', 'unknown', 'channels', 'closed', 'ttl', 'window', 'max_messages', 'idempotency', 'implicit',
-  'message_bytes', 'publish_channels'}
+local REALM = {'birth', 'since', 'floor', 'unknown', 'channels', 'closed', 'ttl', 'window', 'max_messages',
+  'idempotency', 'implicit', 'message_bytes', 'publish_channels'}
 
 local function parse_realm(written)
   local realm = {}

@@ -24,6 +24,7 @@ from pushup.errors import (
     Unavailable,
 )
 from pushup.messages import (
+    SECOND,
     ChannelInfo,
     ChannelOptions,
     History,
@@ -40,8 +41,6 @@ SOURCE: Final = files("pushup").joinpath("library.lua").read_text()
 LOAD: Final = ("FUNCTION", "LOAD", "REPLACE", SOURCE)
 VERSION: Final = int(re.findall(r"^local VERSION = (\d+)$", SOURCE, re.MULTILINE)[0])
 """That of `library.lua`. A server with a lower one, or none, is given ours."""
-
-SECOND: Final = 1_000_000
 
 Call = tuple[str | bytes | int, ...]
 """A command's words."""

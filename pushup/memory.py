@@ -19,6 +19,7 @@ from pushup.broker import Listener, now_us
 from pushup.errors import ChannelExists, ChannelNotFound, KeyReused, PushUpError
 from pushup.messages import (
     MAX_ID,
+    SECOND,
     ChannelInfo,
     ChannelOptions,
     History,
@@ -31,7 +32,6 @@ from pushup.messages import (
     show_channel,
 )
 
-SECOND: Final = 1_000_000
 SWEEP_INTERVAL_S: Final = 1.0
 CLOSED_REMEMBERED: Final = 10_000
 

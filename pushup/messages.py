@@ -16,7 +16,13 @@ MAX_ID: Final = 2**53 - 1
 LATEST: Final = -1
 """The `start` of a poll that asks for messages from now on."""
 
+SECOND: Final = 1_000_000
+"""A second in ids, which are microseconds."""
+
 MAX_NAME_BYTES: Final = 255
+
+KEY_LENGTH_MAX: Final = 255
+"""The most characters of an idempotency key."""
 
 NESTING_MAX: Final = 100
 """How many arrays and objects of a message's data may be in one another. Receivers' parsers have limits, too."""

@@ -19,13 +19,12 @@ import msgspec
 from pushup.caller import Caller
 from pushup.errors import InvalidParameter, InvalidRequest, PushUpError
 from pushup.library import Library
-from pushup.messages import NESTING_MAX, Publication, Receipt, nests_too_deep, parse_channel
+from pushup.messages import KEY_LENGTH_MAX, NESTING_MAX, Publication, Receipt, nests_too_deep, parse_channel
 from pushup.redis_url import parse_servers
 
 _T = TypeVar("_T")
 
 TIMEOUT_S: Final = 5.0
-KEY_LENGTH_MAX: Final = 255
 PUBLISHED_AT_ONCE: Final = 512
 """Publications in one write. More would keep Redis from everybody else for long."""
 

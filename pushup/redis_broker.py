@@ -27,7 +27,6 @@ from pushup.broker import Listener
 from pushup.caller import UNKNOWN, Caller
 from pushup.errors import BrokerRefused, PushUpError, Unavailable
 from pushup.library import (
-    SECOND,
     Echo,
     Library,
     PubSub,
@@ -39,7 +38,7 @@ from pushup.library import (
     parse_position,
 )
 from pushup.link import ErrorReply, Link, Lost, cancel
-from pushup.messages import ChannelInfo, ChannelOptions, History, NodeInfo, Publication, Receipt, Retention
+from pushup.messages import SECOND, ChannelInfo, ChannelOptions, History, NodeInfo, Publication, Receipt, Retention
 from pushup.redis_url import Servers
 
 log = logging.getLogger("pushup.broker")
@@ -54,7 +53,6 @@ PAUSE_MAX_S: Final = 1.0
 SLOWLY: Final = 0.99
 READ_AT_ONCE: Final = 64
 """Channels read in one call, during which Redis does nothing else."""
-PUBLISHED_AT_ONCE: Final = 512
 AUDITED_PER_TICK: Final = 64
 
 

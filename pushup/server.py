@@ -25,7 +25,7 @@ from pushup.messages import Retention
 from pushup.metrics import Metrics
 from pushup.node import Node
 from pushup.redis_url import parse_servers
-from pushup.settings import Settings, show
+from pushup.settings import Settings
 from pushup.web import WebConnection, make_app
 
 log = logging.getLogger("pushup.server")
@@ -59,11 +59,6 @@ def make_broker(settings: Settings) -> Broker:
         node=settings.name,
         timeout=settings.broker_timeout,
     )
-
-
-def broker_name(settings: Settings) -> str:
-    """The broker's URL without secrets."""
-    return show("broker", settings.broker)
 
 
 def make_name() -> str:

@@ -14,6 +14,7 @@ from msgspec import UNSET, Meta, Raw, UnsetType
 
 from pushup.errors import InvalidParameter, InvalidRequest, PushUpError, TooLarge
 from pushup.messages import (
+    KEY_LENGTH_MAX,
     LATEST,
     MAX_ID,
     NESTING_MAX,
@@ -29,7 +30,6 @@ from pushup.messages import (
 )
 from pushup.settings import Settings
 
-KEY_LENGTH_MAX: Final = 255
 SECONDS_MAX: Final = 1_000_000_000
 NAME_SHOWN_MAX: Final = 100
 """Of an unknown parameter's name an error shows this many characters."""

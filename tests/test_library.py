@@ -29,7 +29,6 @@ from pushup.errors import (
 )
 from pushup.library import (
     LOAD,
-    SECOND,
     VERSION,
     Call,
     Echo,
@@ -50,6 +49,7 @@ from pushup.library import (
 from pushup.messages import (
     MAX_ID,
     NESTING_MAX,
+    SECOND,
     ChannelInfo,
     ChannelOptions,
     History,

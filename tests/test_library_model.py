@@ -25,9 +25,8 @@ from pushup.library import (
     translate,
 )
 from pushup.memory import MemoryStore
-from pushup.messages import ChannelInfo, ChannelOptions, History, NodeInfo, Publication, Receipt, Retention
+from pushup.messages import SECOND, ChannelInfo, ChannelOptions, History, NodeInfo, Publication, Receipt, Retention
 
-SECOND = 1_000_000
 START_US = 1_700_000_000 * SECOND
 NAMES = ("a", "b", "c")
 RETENTION = Retention(ttl=50.0, window=20.0, max_messages=4, idempotency=30.0)

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import pytest
 
 from pushup.errors import ChannelNotFound
-from pushup.memory import CLOSED_REMEMBERED, SECOND, MemoryStore
-from pushup.messages import ChannelOptions, Message, NodeInfo, Publication, Retention
+from pushup.memory import CLOSED_REMEMBERED, MemoryStore
+from pushup.messages import SECOND, ChannelOptions, Message, NodeInfo, Publication, Retention
 
 BIRTH = 1_000 * SECOND
 

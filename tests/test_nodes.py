@@ -13,8 +13,8 @@ import pytest
 
 from pushup import __version__
 from pushup.errors import BrokerRefused, Unavailable
-from pushup.library import LOAD, SECOND, Library
-from pushup.messages import NodeInfo
+from pushup.library import LOAD, Library
+from pushup.messages import SECOND, NodeInfo
 from pushup.nodes import fetch_nodes, show_nodes
 from pushup.settings import Settings, load
 from tests.redis_server import RedisServer

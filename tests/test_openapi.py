@@ -18,12 +18,12 @@ from schemathesis.specs.openapi.checks import negative_data_rejection, positive_
 from pushup import __version__
 from pushup.errors import NotFound, PushUpError, SettingsError
 from pushup.memory import MemoryBroker
-from pushup.messages import MAX_ID, MAX_NAME_BYTES, NESTING_MAX
+from pushup.messages import KEY_LENGTH_MAX, MAX_ID, MAX_NAME_BYTES, NESTING_MAX
 from pushup.metrics import Metrics
 from pushup.node import Node
 from pushup.settings import Settings
 from pushup.web import make_app
-from pushup.wire import KEY_LENGTH_MAX, SECONDS_MAX
+from pushup.wire import SECONDS_MAX
 from tests.support import connected, running
 from tests.test_cli import Process, serving
 
