@@ -71,6 +71,36 @@ class InvalidParameter(InvalidRequest):
         super().__init__(detail, parameter=parameter)
 
 
+class Unauthorized(PushUpError):
+    """No credentials, or none that are known where they were shown. Says nothing of whether the realm exists."""
+
+    status = 401
+    code = "unauthorized"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {**super().headers, "WWW-Authenticate": 'Bearer realm="PushUp"'}
+
+
+class TokenExpired(Unauthorized):
+    """The token was good once; also the end of a poll that waited when it expired. Come back with a new one."""
+
+    code = "token_expired"
+
+
+class Forbidden(PushUpError):
+    """The credentials are good, but not for this. Says nothing of whether the channel exists."""
+
+    status = 403
+    code = "forbidden"
+
+
+class OriginNotAllowed(Forbidden):
+    """A browser asks on behalf of a page of another site, which the settings do not name."""
+
+    code = "origin_not_allowed"
+
+
 class NotFound(PushUpError):
     """No such path."""
 
@@ -92,6 +122,13 @@ class MethodNotAllowed(PushUpError):
 
     status = 405
     code = "method_not_allowed"
+
+
+class RequestTimeout(PushUpError):
+    """The client did not send its request in time."""
+
+    status = 408
+    code = "request_timeout"
 
 
 class ChannelExists(PushUpError):
@@ -118,6 +155,41 @@ class KeyReused(PushUpError):
     code = "idempotency_key_reused"
 
 
+class TooMany(PushUpError):
+    """A limit on how many of something at once, or in a second; it passes."""
+
+    status = 429
+    code = "too_many"
+
+    def __init__(self, detail: str, retry_after: int = 1) -> None:
+        super().__init__(detail, retry_after=retry_after)
+
+
+class TooManyConnections(TooMany):
+    """The client's address has as many connections as one may have."""
+
+    code = "too_many_connections"
+
+
+class TooManyPolls(TooMany):
+    """As many polls wait with this token as may."""
+
+    code = "too_many_polls"
+
+
+class TooManyPublications(TooMany):
+    """The key or the token publishes faster than it may."""
+
+    code = "too_many_publications"
+
+
+class HeadTooLarge(PushUpError):
+    """The request line and the header fields are over their limit."""
+
+    status = 431
+    code = "head_too_large"
+
+
 class Unavailable(PushUpError):
     """The broker did not answer in time, or the node is going away; try again."""
 
@@ -132,3 +204,9 @@ class BrokerRefused(Unavailable):
     """The broker would not do it: it lacks memory, or we lack a permission."""
 
     code = "broker_refused"
+
+
+class RealmFull(Unavailable):
+    """The realm's cached messages are over their limit; there is room again when some have expired."""
+
+    code = "realm_full"

@@ -221,8 +221,8 @@ class ChannelOptions(msgspec.Struct, frozen=True):
 class Retention(msgspec.Struct, frozen=True):
     """What holds in a realm unless a channel says otherwise. Seconds, counts, bytes.
 
-    `implicit` is whether a named channel comes into being on its first publication. The last two are limits for those
-    who publish past a node.
+    `implicit` is whether a named channel comes into being on its first publication. The last three are limits that
+    also hold for those who publish past a node; `realm_bytes` counts the data of cached messages.
     """
 
     ttl: float = 3600.0
@@ -232,6 +232,7 @@ class Retention(msgspec.Struct, frozen=True):
     implicit: bool = True
     message_bytes: int = 64 * 1024
     publish_channels: int = 100
+    realm_bytes: int = 256 * 1024 * 1024
 
 
 class NodeInfo(msgspec.Struct, frozen=True):

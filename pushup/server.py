@@ -46,6 +46,7 @@ def make_broker(settings: Settings) -> Broker:
         implicit=settings.channel_implicit,
         message_bytes=settings.message_bytes_max,
         publish_channels=settings.publish_channels_max,
+        realm_bytes=settings.realm_bytes_max,
     )
     if settings.broker == "memory://":
         return MemoryBroker(retention)

@@ -26,6 +26,14 @@ ENV_PREFIX: Final = "PUSHUP_"
 Switch = Annotated[bool, Meta(extra={"must": "be true or false (or yes and no, on and off, 1 and 0)", "shown": "BOOL"})]
 Listen = Annotated[str, Meta(extra={"must": "be HOST:PORT in quotes", "shown": "HOST:PORT"})]
 Url = Annotated[str, Meta(extra={"must": "be a URL in quotes", "shown": "URL"})]
+File = Annotated[str, Meta(extra={"must": "be the name of a file in quotes", "shown": "FILE"})]
+Networks = Annotated[
+    str, Meta(extra={"must": "be addresses and networks in quotes, with commas between them", "shown": "NETWORKS"})
+]
+Origins = Annotated[
+    str,
+    Meta(extra={"must": "be origins like https://example.com in quotes, with commas between them", "shown": "ORIGINS"}),
+]
 Name = Annotated[
     str,
     Meta(
@@ -68,12 +76,21 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     realm: Annotated[Name, Meta(description="the tenant this node serves, apart from all others")] = "default"
     name: Annotated[Name, Meta(description="this node in lists; auto is HOSTNAME and some letters")] = "auto"
     workers: Annotated[Count, Meta(description="node processes that share the port; more than one needs Redis")] = 1
+    access: Annotated[File, Meta(description="who may do what: keys and tokens of each realm (TOML)")] = ""
     insecure: Annotated[Switch, Meta(description="allow listening beyond this machine although access is open")] = False
     demo: Annotated[Switch, Meta(description="serve the question board at /")] = False
+    tls_certificate: Annotated[File, Meta(description="serve HTTPS with this certificate chain (PEM)")] = ""
+    tls_key: Annotated[File, Meta(description="the private key of the certificate (PEM)")] = ""
+    cors_origins: Annotated[Origins, Meta(description="pages of these origins may use this node; * is any")] = ""
+    trusted_proxies: Annotated[Networks, Meta(description="who is believed about a client's address")] = (
+        "127.0.0.0/8,::1"
+    )
+    proxy_protocol: Annotated[Switch, Meta(description="trusted proxies begin connections with a PROXY header")] = False
 
     poll_timeout: Annotated[Seconds, Meta(description="how long a poll waits that names no timeout")] = 25.0
     poll_timeout_max: Annotated[Seconds, Meta(description="the longest a poll may wait; more is cut to this")] = 120.0
     poll_jitter: Annotated[Fraction, Meta(description="waits are shortened by up to this, at random")] = 0.05
+    polls_per_token_max: Annotated[Count, Meta(description="most polls that wait with one token")] = 100
     poll_channels_max: Annotated[Count, Meta(description="most channels in one poll")] = 100
     answer_bytes_max: Annotated[
         Bytes, Meta(description="most bytes of messages in one answer; the first always fits")
@@ -81,6 +98,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     message_bytes_max: Annotated[Bytes, Meta(description="most bytes of data in one message")] = 64 * 1024
     publish_channels_max: Annotated[Count, Meta(description="most channels of one publication")] = 100
+    publish_rate_max: Annotated[Count, Meta(description="most publications per second with one key")] = 10_000
+    token_publish_rate_max: Annotated[Count, Meta(description="most publications per second with one token")] = 10
     publish_batch_max: Annotated[Count, Meta(description="most publications in one request")] = 1000
     idempotency_window: Annotated[Seconds, Meta(description="how long a publication's key is remembered")] = 300.0
 
@@ -93,10 +112,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Switch, Meta(description="a named channel comes into being when first published to")
     ] = True
 
+    realm_bytes_max: Annotated[Bytes, Meta(description="most bytes of messages kept in one realm")] = 256 * 1024 * 1024
+
     backlog_messages: Annotated[Count, Meta(description="most messages this node keeps of a watched channel")] = 1000
     linger: Annotated[Seconds, Meta(description="how long a channel stays watched after its last poll")] = 60.0
+    connections_per_address_max: Annotated[Count, Meta(description="most connections of one client address")] = 1000
+    head_bytes_max: Annotated[Bytes, Meta(description="most bytes of a request's line and header fields")] = 16 * 1024
     body_bytes_max: Annotated[Bytes, Meta(description="most bytes in the body of one request")] = 4 * 1024 * 1024
     request_timeout: Annotated[PositiveSeconds, Meta(description="how long a client may take to send a request")] = 15.0
+    write_timeout: Annotated[PositiveSeconds, Meta(description="how long a client may take to read an answer")] = 30.0
+    write_buffer_bytes_max: Annotated[
+        Bytes, Meta(description="a client with more than this to read is not answered on")
+    ] = 64 * 1024
     keepalive_timeout: Annotated[PositiveSeconds, Meta(description="idle connections are closed after this")] = 75.0
     broker_timeout: Annotated[PositiveSeconds, Meta(description="how long to wait for the broker")] = 5.0
     drain_window: Annotated[Seconds, Meta(description="on SIGTERM, parked polls are answered over this time")] = 10.0
