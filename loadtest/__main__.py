@@ -1,4 +1,4 @@
-"""`python -m loadtest list | run SCENARIO… | report`."""
+"""`python -m loadtest list | run SCENARIO… | attack | report`."""
 
 import argparse
 import json
@@ -6,10 +6,13 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
 
+from loadtest import attack, attack_report
+from loadtest.fleet import FleetError
 from loadtest.report import write
 from loadtest.results import METRICS, Measurement, Result, save
 from loadtest.scenarios import Scenario, catalogue, count_steps, run
@@ -83,7 +86,12 @@ def make_parser() -> argparse.ArgumentParser:
     running.add_argument(
         "--json", type=Path, metavar="FILE", help="write there, not to results/ (an array if scenarios are several)"
     )
-    commands.add_parser("report", help="make REPORT.md from the newest result of each scenario")
+    attacking = commands.add_parser("attack", help="measure good clients while others attack, make ATTACK.md")
+    attacking.add_argument("--quick", action="store_true", help="few clients: shows that it works; print the report")
+    attacking.add_argument("--pairs", type=int, metavar="N", help="calm and attack in turns so often")
+    attacking.add_argument("--no-pin", action="store_true", help="let the kernel choose the cores")
+    attacking.add_argument("--json", type=Path, metavar="FILE", help="the raw result; the report goes beside it")
+    commands.add_parser("report", help="make REPORT.md from the newest result of each scenario, and ATTACK.md")
     return parser
 
 
@@ -99,10 +107,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.command == "report":
         try:
             print(f"wrote {write(list(catalogue())).name}")
+            print(f"wrote {attack_report.write().name}")
         except FileNotFoundError as error:
             print(f"loadtest: {error}", file=sys.stderr)
             return 1
         return 0
+    if parsed.command == "attack":
+        if parsed.pairs is not None and parsed.pairs < 1:
+            parser.error("--pairs is 1 or more")
+        return _attack(parsed.quick, parsed.pairs, not parsed.no_pin, parsed.json)
     known = catalogue(quick=parsed.quick)
     names = list(known) if parsed.all else list(dict.fromkeys(parsed.scenarios))
     wrong = [name for name in names if name not in known]
@@ -144,6 +157,29 @@ def _run(scenarios: Sequence[Scenario], rounds: int, quick: bool, pin: bool, fil
     if file is not None and len(scenarios) > 1:
         file.write_text(json.dumps([result.to_json() for result in results], ensure_ascii=False) + "\n")
     return results
+
+
+def _attack(quick: bool, pairs: int | None, pin: bool, file: Path | None) -> int:
+    plan = attack.QUICK if quick else attack.FULL
+    command = f"python -m loadtest attack{' --quick' if quick else ''}{'' if pin else ' --no-pin'}"
+    if pairs is not None:
+        plan = replace(plan, pairs=pairs)
+        command += f" --pairs {pairs}"
+    try:
+        result = attack.run(
+            plan, quick=quick, pin=pin, command=command, note=lambda line: print(line, file=sys.stderr, flush=True)
+        )
+    except (attack.AttackError, FleetError, ServerError) as error:
+        print(f"loadtest: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    if quick and file is None:
+        print(attack_report.render("", result))
+    else:
+        raw = attack_report.save(result, file or attack_report.RAW)
+        print(f"wrote {raw.name}, {attack_report.write(raw).name}")
+    return 0 if all(target["met"] for target in attack_report.judge(result)) else 1
 
 
 def _complete(result: Result) -> bool:

@@ -57,7 +57,7 @@ def render(results: Sequence[tuple[str, Result]]) -> str:
     judged = [(result, target) for _, result in results for target in result.targets]
     if judged:
         parts.append("## Targets\n")
-        parts.append(_targets([(f"{result.scenario}: ", target) for result, target in judged]))
+        parts.append(show_targets([(f"{result.scenario}: ", target) for result, target in judged]))
     parts.extend(_scenario(name, result) for name, result in results)
     return "\n".join(parts)
 
@@ -71,16 +71,16 @@ def _scenario(name: str, result: Result) -> str:
     lines += [
         f"- raw: [results/{name}](results/{name}), made by `{result.command}`, "
         f"{started[:4]}-{started[4:6]}-{started[6:8]} {started[9:11]}:{started[11:13]} UTC, {result.seconds:.0f} s",
-        f"- machine: {_facts(result.machine)}; {result.pinning}",
-        *(f"- {server}: {_facts(versions)}" for server, versions in result.versions.items()),
+        f"- machine: {show_facts(result.machine)}; {result.pinning}",
+        *(f"- {server}: {show_facts(versions)}" for server, versions in result.versions.items()),
         *_doubts(result.measurements),
         "",
     ]
     for case, parameters in result.parameters.items():
-        lines += [f"### {result.scenario}: {case}", "", f"Parameters: {_facts(parameters)}.", ""]
+        lines += [f"### {result.scenario}: {case}", "", f"Parameters: {show_facts(parameters)}.", ""]
         lines += [_table(medians, case), ""]
     if result.targets:
-        lines += [_targets([("", target) for target in result.targets])]
+        lines += [show_targets([("", target) for target in result.targets])]
     return "\n".join(lines)
 
 
@@ -126,25 +126,28 @@ def _table(medians: Medians, case: str) -> str:
             ratio = medians.ratio(case, metric, peer)
             row.append("–" if ratio is None else f"{ratio:.2f}")
         rows.append(row)
-    return _markdown(rows)
+    return markdown(rows)
 
 
-def _targets(targets: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+def show_targets(targets: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """A table of targets as `Target.judge` gives them, each with what its text is to begin with."""
     rows = [["target", "bound", "found", "met"]]
     for prefix, target in targets:
         found = "–" if target["value"] is None else f"{target['value']:.2f}"
         met = {True: "yes", False: "**no**", None: "not measured"}[target["met"]]
         rows.append([prefix + target["text"], f"{'≤' if target['at_most'] else '≥'} {target['bound']:.2f}", found, met])
-    return _markdown(rows) + "\n"
+    return markdown(rows) + "\n"
 
 
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table; the first row is its head."""
     head, *body = rows
     lines = [head, ["---", *("---:" for _ in head[1:])], *body]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _facts(facts: Mapping[str, Any]) -> str:
+def show_facts(facts: Mapping[str, Any]) -> str:
+    """Names and values in one line, without those that are empty."""
     return ", ".join(
         f"{name.replace('_', ' ')} {value:,}" if isinstance(value, int) else f"{name.replace('_', ' ')} {value}"
         for name, value in facts.items()
