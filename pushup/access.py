@@ -29,6 +29,9 @@ from pushup.errors import Forbidden, InvalidParameter, SettingsError
 from pushup.messages import parse_channel, show_channel
 from pushup.quota import Bucket
 
+NOT_GOOD: Final = "these credentials are not good here"
+"""What is said of wrong credentials, whatever is wrong with them."""
+
 KEY_PREFIX: Final = "pushup_"
 _HASH: Final = re.compile(r"sha256:[0-9a-f]{64}")
 _REALM: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -184,9 +187,9 @@ def _check(realm: str, rules: RealmRules) -> None:
         Patterns(key.channels)
     tokens = rules.tokens
     if tokens is None:
-        if rules.subscribe == "token":
+        if rules.subscribe == "token" and not any("subscribe" in key.actions for key in rules.keys):
             raise ValueError(
-                f'{where}: subscribe is by token, and there is no [realms.{realm}.tokens]; or is it "open"?'
+                f"{where}: nobody may subscribe. Say who by [realms.{realm}.tokens] or a key, or say subscribe = 'open'"
             )
         return
     if sum(source is not None for source in (tokens.secret_file, tokens.public_key_file, tokens.jwks_url)) != 1:

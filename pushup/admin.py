@@ -7,10 +7,11 @@ from typing import Final
 import msgspec
 from aiohttp import web
 
-from pushup.errors import PushUpError
-from pushup.metrics import CONTENT_TYPE, Metrics
-from pushup.node import Node
+from pushup.errors import NotFound, PushUpError
+from pushup.metrics import CONTENT_TYPE
 from pushup.problems import problem_response, translate
+from pushup.realm import Realm
+from pushup.service import Service
 from pushup.version import __version__
 
 log = logging.getLogger("pushup.admin")
@@ -21,12 +22,13 @@ PushUp {version}, admin listener
 /health/live    200 while the process turns
 /health/ready   200 while it is ready for polls, 503 while it is not
 /metrics        Prometheus metrics
-/nodes          the nodes of this realm, with their load
+/nodes          the nodes of the realm, with their load; ?realm=NAME for one of the others
 """
 
 
-def make_admin_app(node: Node, metrics: Metrics) -> web.Application:
+def make_admin_app(service: Service) -> web.Application:
     """The application behind the admin listener."""
+    metrics = service.metrics
 
     async def index(request: web.Request) -> web.Response:
         return web.Response(text=INDEX.format(version=__version__))
@@ -35,10 +37,12 @@ def make_admin_app(node: Node, metrics: Metrics) -> web.Application:
         return _health(True, "the event loop turns")
 
     async def ready(request: web.Request) -> web.Response:
-        return _health(node.ready, node.state)
+        # A realm whose server is gone is no reason to send nobody here any more.
+        states = [realm.node.state for realm in service.realms.values()]
+        return _health("ready" in states, "ready" if "ready" in states else states[0])
 
     async def nodes(request: web.Request) -> web.Response:
-        found = await node.broker.nodes()
+        found = await _find(service, request).node.broker.nodes()
         return web.Response(
             content_type="application/json",
             body=msgspec.json.encode({"nodes": found}),
@@ -46,9 +50,11 @@ def make_admin_app(node: Node, metrics: Metrics) -> web.Application:
         )
 
     async def metrics_text(request: web.Request) -> web.Response:
-        metrics.parked = node.parked
-        metrics.channels = node.watched
-        metrics.ready = node.ready
+        for realm in service.realms.values():
+            counted = realm.node.metrics
+            counted.parked = realm.node.parked
+            counted.channels = realm.node.watched
+            counted.ready = realm.node.ready
         return web.Response(body=metrics.exposition(), headers={"Content-Type": CONTENT_TYPE})
 
     app = web.Application(middlewares=[_say_errors])
@@ -76,6 +82,13 @@ async def _say_errors(
     except Exception:
         log.exception("a request failed", extra={"method": request.method, "path": request.path})
         return problem_response(PushUpError("something went wrong here; the log says what"))
+
+
+def _find(service: Service, request: web.Request) -> Realm:
+    name = request.query.get("realm", service.settings.realm)
+    if name not in service.realms:
+        raise NotFound(f"this node does not serve a realm {name[:64]!r}")
+    return service.realms[name]
 
 
 def _health(good: bool, output: str) -> web.Response:

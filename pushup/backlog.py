@@ -15,13 +15,15 @@ class Backlog:
     `floor`: every message with an id of at least `floor` that the channel ever had is here. Older ones may be.
     `whole`: what lies below the floor is gone for good; otherwise somebody else (the broker) may still have it.
     `tail`: the id of the last message ever appended, kept or not; 0 if there was none.
+    `bytes`: the size of all their data.
     """
 
-    __slots__ = ("_ids", "_messages", "floor", "tail", "whole")
+    __slots__ = ("_ids", "_messages", "bytes", "floor", "tail", "whole")
 
     def __init__(self, floor: int = 0, tail: int = 0, whole: bool = True, messages: Sequence[Message] = ()) -> None:
         self._messages = list(messages)
         self._ids = [message.id for message in self._messages]
+        self.bytes = _size(self._messages)
         self.floor = floor
         self.tail = tail
         self.whole = whole
@@ -39,6 +41,7 @@ class Backlog:
         assert message.id > self.tail
         self._messages.append(message)
         self._ids.append(message.id)
+        self.bytes += len(message.data)
         self.tail = message.id
 
     def covers(self, start: int) -> bool:
@@ -55,6 +58,10 @@ class Backlog:
             return []
         return self._messages[bisect_left(self._ids, start) : bisect_right(self._ids, end)]
 
+    def pushed_out(self, count: int) -> int:
+        """The size of the data that trimming to `count` messages would drop. O(n dropped)."""
+        return _size(self._messages[: max(len(self._messages) - count, 0)])
+
     def trim(self, count: int, before: int) -> int:
         """Drop messages until at most `count` are left and none has an id below `before`; return how many went.
 
@@ -69,5 +76,10 @@ class Backlog:
         if drop:
             self.floor = max(self.floor, ids[drop - 1] + 1)
             del ids[:drop]
+            self.bytes -= _size(self._messages[:drop])
             del self._messages[:drop]
         return drop
+
+
+def _size(messages: Sequence[Message]) -> int:
+    return sum(len(message.data) for message in messages)

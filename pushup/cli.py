@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import msgspec
 
+from pushup.access import hash_key, make_key
 from pushup.address import parse_address
 from pushup.errors import PushUpError, SettingsError
 from pushup.logs import configure
@@ -93,6 +94,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"pushup {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
+    key = commands.add_parser(
+        "key",
+        help="make a key for a publisher",
+        description="Make a key: it is printed once, with the lines for the access file, which has only its hash.",
+    )
+    key.add_argument("name", nargs="?", default="backend", help="what to call it in the access file [backend]")
     for command, help, description in (
         (
             "serve",
@@ -142,6 +149,9 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; its exit status."""
     parsed = vars(make_parser().parse_args(arguments))
+    if parsed["command"] == "key":
+        print_key(parsed["name"])
+        return 0
     flags = {name: parsed[name] for name in FIELDS if parsed[name] is not None}
     file = parsed["config"] or os.environ.get(f"{ENV_PREFIX}CONFIG")
     try:
@@ -208,14 +218,23 @@ def _announce(settings: Settings, address: str, admin_address: str) -> None:
     notes = [f"{settings.workers} processes"] if settings.workers > 1 else []
     notes += ["demo: open it in a browser"] if settings.demo else []
     beyond = "" if parse_address(settings.listen).loopback else ", from anywhere"
+    access = settings.access or f"open: whoever reaches the port may publish and poll{beyond}"
+    scheme = "https" if settings.tls_certificate else "http"
     lines = [
         f"PushUp {__version__}",
-        f"  polls and publications  http://{address}" + (f"  ({', '.join(notes)})" if notes else ""),
+        f"  polls and publications  {scheme}://{address}" + (f"  ({', '.join(notes)})" if notes else ""),
         f"  health and metrics      http://{admin_address}",
         f"  broker                  {show('broker', settings.broker)}",
-        f"  access                  open: whoever reaches the port may publish and poll{beyond}",
+        f"  access                  {access}",
     ]
     print("\n".join(lines), flush=True)
+
+
+def print_key(name: str) -> None:
+    """A new key, and what the access file is to say of it."""
+    key = make_key()
+    print(f"key   {key}\n\n[[realms.default.keys]]\nname = {json.dumps(name)}\nhash = {json.dumps(hash_key(key))}")
+    print('actions = ["publish", "manage"]\nchannels = ["*"]')
 
 
 def print_nodes(settings: Settings, *, as_json: bool) -> None:

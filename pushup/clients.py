@@ -169,10 +169,13 @@ class Clients:
         if not client.connections:
             del self._clients[client.key]
 
-    def check(self, client: Client) -> None:
-        """Raises TooManyConnections."""
-        if client.connections > self._limit:
-            raise TooManyConnections(f"more than {self._limit} connections from {client.key}")
+    def is_over(self, client: Client) -> bool:
+        """Whether it has more than it may have."""
+        return client.connections > self._limit
+
+    def refusal(self, client: Client) -> TooManyConnections:
+        """What it is told then."""
+        return TooManyConnections(f"{client.key} has {self._limit} connections here already")
 
     def is_flooding(self, client: Client) -> bool:
         """Whether it has so many that it is not even told."""

@@ -5,13 +5,11 @@ web side and the connection comes back. Everything else (malformed, chunked, Web
 side's for good, which answers or refuses it by its own parser: two parsers never have to agree on where a body ends.
 """
 
+import re
 from enum import Enum
 from typing import Final
 
 import httptools
-
-HEAD_BYTES_MAX: Final = 8190
-"""A longer head is the web side's. Its limits are per line, so no line that is too long can pass here."""
 
 HEADERS_MAX: Final = 128
 
@@ -35,6 +33,9 @@ _UNUSUAL: Final = frozenset((b"transfer-encoding", b"sec-websocket-key1"))
 _UNUSUAL_FOR_POLL: Final = frozenset((b"content-encoding", b"expect"))
 
 
+_POLL: Final = re.compile(rb"(?:/realms/([A-Za-z0-9][A-Za-z0-9._-]{0,63}))?/poll(?:\?(.*))?", re.DOTALL)
+
+
 class Way(Enum):
     """Where a request goes."""
 
@@ -44,7 +45,7 @@ class Way(Enum):
 
 
 class Head:
-    """A parsed head. `query` is None unless the way is POLL; `length` is the body's, in bytes."""
+    """A parsed head. `length` is the body's, in bytes; of a poll, `query` is raw and `realm` what its path names."""
 
     __slots__ = (
         "_parser",
@@ -55,6 +56,7 @@ class Head:
         "length",
         "method",
         "query",
+        "realm",
         "target",
         "way",
     )
@@ -65,7 +67,8 @@ class Head:
         self.complete = False
         self.target = b""
         self.method = b""
-        self.query: str | None = None
+        self.query = ""
+        self.realm = ""
         self.length = 0
         self.keep_alive = False
         self.http10 = False
@@ -133,19 +136,16 @@ def parse_head(data: bytes) -> Head:
     head.length = int(headers.get(b"content-length", 0))
     head.way = Way.LEND
     target = head.target
-    if (
-        target.startswith(b"/poll")
-        and (target[5:6] == b"?" or len(target) == 5)
-        and b"#" not in target
-        and target.isascii()
-    ):
+    poll = _POLL.fullmatch(target)
+    if poll is not None and b"#" not in target and target.isascii():
         wants_body = head.method == b"POST"
         if (
             (wants_body or head.method in (b"GET", b"HEAD"))
             and (wants_body or not head.length)
             and _UNUSUAL_FOR_POLL.isdisjoint(headers)
         ):
-            head.query = target[6:].decode("ascii")
+            realm, query = poll.groups(b"")
+            head.realm, head.query = realm.decode(), query.decode()
             head.way = Way.POLL
     return head
 

@@ -11,14 +11,21 @@ A parked poll costs this object, its subscription and the transport: no task, no
 import asyncio
 from collections.abc import Callable
 from email.utils import formatdate
-from typing import Final, Protocol, cast
+from math import inf
+from time import time
+from typing import Final, NamedTuple, Protocol, cast
 
-from pushup.errors import PROBLEM_TYPE, InvalidRequest, PushUpError
-from pushup.head import HEAD_BYTES_MAX, Head, Way, is_malformed, parse_head
+from pushup.clients import Client, parse_proxy_header
+from pushup.errors import PROBLEM_TYPE, HeadTooLarge, InvalidRequest, PushUpError, TokenExpired
+from pushup.head import Head, Way, is_malformed, parse_head
 from pushup.hub import Subscription
 from pushup.messages import Answer, Poll
 from pushup.node import Node
-from pushup.wire import parse_poll_body, parse_poll_query
+from pushup.realm import Realm
+from pushup.sender import NOBODY, Sender
+from pushup.service import Seat, Service
+from pushup.tokens import KeysNeeded
+from pushup.wire import find_token, parse_poll_body, parse_poll_query
 
 POLL_BODY_BYTES_MAX: Final = 64 * 1024
 """A longer body of a poll is read by the web side."""
@@ -31,6 +38,10 @@ READING: Final = 0
 PARKED: Final = 1
 LENT: Final = 2
 CLOSED: Final = 3
+GREETING: Final = 4
+"""A proxy has to say first whose connection it is."""
+REFUSED: Final = 5
+"""It is one of too many; the client is told so when it asks for something."""
 
 # How an answer is written; a bit each.
 KEEP_ALIVE: Final = 1
@@ -39,6 +50,16 @@ NO_BODY: Final = 4
 
 
 _MEMORY_BYTES_MAX: Final = 16 * 1024 * 1024
+_SENDER_BYTES: Final = 400
+"""About what a remembered sender takes beside the bytes."""
+
+
+class Asked(NamedTuple):
+    """What a request line asks for: a poll of a realm, perhaps with a token."""
+
+    realm: Realm
+    poll: Poll
+    token: str | None
 
 
 class Memory:
@@ -53,33 +74,34 @@ class Memory:
     __slots__ = ("_fields", "_lines", "_size")
 
     def __init__(self) -> None:
-        self._lines: dict[bytes, Poll] = {}
-        self._fields: dict[bytes, int] = {}
-        """From the end of the request line to the blank line inclusive; to how its answer is written."""
+        self._lines: dict[bytes, Asked] = {}
+        self._fields: dict[bytes, tuple[int, Sender]] = {}
+        """From the end of the request line to the blank line inclusive; to how it is answered, and whom."""
         self._size = 0
 
-    def recall(self, data: bytes) -> tuple[Poll, int] | None:
-        """What `learn` was told of such a request: the poll, and how its answer is written. O(n)."""
+    def recall(self, data: bytes) -> tuple[Asked, tuple[int, Sender]] | None:
+        """What `learn` was told of such a request: what is asked, how it is answered, and whom. O(n)."""
         cut = data.find(b"\r\n")
-        poll = self._lines.get(data[:cut])
-        if poll is None:
+        asked = self._lines.get(data[:cut])
+        if asked is None:
             return None
-        how = self._fields.get(data[cut:])
-        return None if how is None else (poll, how)
+        fields = self._fields.get(data[cut:])
+        return None if fields is None else (asked, fields)
 
-    def learn(self, data: bytes, poll: Poll, how: int) -> None:
+    def learn(self, data: bytes, asked: Asked, how: int, sender: Sender) -> None:
         """Remember a request that is nothing but a head, and was taken."""
         cut = data.find(b"\r\n")
         line, fields = data[:cut], data[cut:]
         if not (line.startswith(b"GET ") and line.endswith(b" HTTP/1.1")):
             return
-        self._size += len(line) * (line not in self._lines) + len(fields) * (fields not in self._fields)
+        self._size += len(line) * (line not in self._lines)
+        self._size += (len(fields) + _SENDER_BYTES) * (fields not in self._fields)
         if self._size > _MEMORY_BYTES_MAX:
             self._lines.clear()
             self._fields.clear()
             self._size = len(data)
-        self._lines[line] = poll
-        self._fields[fields] = how
+        self._lines[line] = asked
+        self._fields[fields] = how, sender
 
 
 class WebConnection(Protocol):
@@ -98,22 +120,27 @@ class WebConnection(Protocol):
     def release(self) -> None:
         """End without closing the transport."""
 
+    def is_late(self, slow_since: float) -> bool:
+        """Of one that was handed over: whether the client does not read, since before that moment."""
+
+    def abort(self) -> None:
+        """Close the transport now."""
+
 
 class Lanes:
     """What all connections of a server share."""
 
-    def __init__(self, node: Node, borrow: "Callable[[Lane | None], WebConnection]") -> None:
-        self.node = node
-        self.settings = node.settings
-        self.metrics = node.metrics
+    def __init__(self, service: Service, borrow: "Callable[[Lane, bool], WebConnection]") -> None:
+        self.service = service
+        self.settings = service.settings
+        self.metrics = service.metrics
         self.loop = asyncio.get_running_loop()
-        self.poll_body_bytes_max = min(POLL_BODY_BYTES_MAX, node.settings.body_bytes_max)
+        self.poll_body_bytes_max = min(POLL_BODY_BYTES_MAX, service.settings.body_bytes_max)
         self.borrow = borrow
-        """Makes a web connection; for a lane that wants to hear when an answer is out, or for good (None)."""
+        """Makes a web connection, which tells the lane when an answer is out; or (True) one for good."""
         self.memory = Memory()
         self.open: set[Lane] = set()
-        self.closing = False
-        """Whether every answer is the last of its connection."""
+        self.handed_over: dict[Lane, WebConnection] = {}
         self.date = b""
         self.tick()
 
@@ -124,10 +151,17 @@ class Lanes:
     def tick(self) -> None:
         """Once a second: the `Date` header, and connections that have had their time. O(connections)."""
         self.date = formatdate(usegmt=True).encode()
+        settings = self.settings
         now = self.loop.time()
-        idle, slow = now - self.settings.keepalive_timeout, now - self.settings.request_timeout
-        for lane in [lane for lane in self.open if lane.is_late(idle, slow)]:
+        idle, slow = now - settings.keepalive_timeout, now - settings.request_timeout
+        unread = now - settings.write_timeout
+        cut = self.metrics.connections_cut
+        for lane, why in [(lane, why) for lane in self.open if (why := lane.lateness(idle, slow, unread))]:
+            cut[why] += 1
             lane.abort()
+        for web in [web for web in self.handed_over.values() if web.is_late(unread)]:
+            cut["unread"] += 1
+            web.abort()
 
     def close_idle(self) -> None:
         """Close the connections that are between requests."""
@@ -162,8 +196,12 @@ class Lane(asyncio.Protocol):
         "_answered",
         "_body_left",
         "_buffer",
+        "_client",
         "_how",
         "_lanes",
+        "_node",
+        "_seat",
+        "_sender",
         "_since",
         "_state",
         "_stuck",
@@ -177,8 +215,15 @@ class Lane(asyncio.Protocol):
         self._state = READING
         self._buffer = b""
         """What came and was not looked at yet."""
+        self._client: Client | None = None
+        """Whose connection is counted; None if it is a trusted proxy's."""
         self._how = 0
+        self._sender = NOBODY
         self._subscription: Subscription | None = None
+        self._node: Node
+        """Where the subscription is parked."""
+        self._seat: Seat | None = None
+        """What is counted of the parked poll, if anything is."""
         self._stuck = False
         """Whether the client does not read what it is sent."""
         self._web: WebConnection | None = None
@@ -193,17 +238,31 @@ class Lane(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        self._since = self._lanes.loop.time()
-        self._lanes.metrics.connections_opened += 1
-        self._lanes.open.add(self)
+        lanes = self._lanes
+        self._since = lanes.loop.time()
+        lanes.metrics.connections_opened += 1
+        lanes.open.add(self)
+        high = lanes.settings.write_buffer_bytes_max
+        self._transport.set_write_buffer_limits(high=high, low=high // 4)
+        peer = transport.get_extra_info("peername")
+        host = peer[0] if isinstance(peer, tuple) else ""
+        if not host:
+            return  # A Unix socket.
+        if host not in lanes.service.proxies:
+            self._enter(host)
+        elif lanes.settings.proxy_protocol:
+            self._state = GREETING
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._state = CLOSED
         self._lanes.open.discard(self)
-        self._lanes.metrics.connections_closed += 1
+        self.forget_client()
         if self._subscription is not None:
-            self._lanes.node.leave(self._subscription)
+            self._node.leave(self._subscription)
             self._subscription = None
+        if self._seat is not None:
+            self._seat.leave()
+            self._seat = None
         if self._web is not None:
             self._web.connection_lost(exc)
             self._web = None
@@ -215,8 +274,8 @@ class Lane(asyncio.Protocol):
                 # The short cut for a poll like others before it.
                 known = self._lanes.memory.recall(data)
                 if known is not None:
-                    poll, self._how = known
-                    self._park(poll)
+                    asked, (self._how, self._sender) = known
+                    self._ask(asked, data)
                     return
             if self._buffer:
                 data = self._buffer + data
@@ -225,6 +284,10 @@ class Lane(asyncio.Protocol):
             self._read(data)
         elif self._state == LENT and self._body_left:
             self._feed(data)
+        elif self._state == GREETING:
+            self._greet(self._buffer + data)
+        elif self._state == REFUSED:
+            self._refuse()
         elif self._state != CLOSED:
             self._buffer += data
             if self._full:
@@ -249,13 +312,19 @@ class Lane(asyncio.Protocol):
         """Whether it is between requests."""
         return self._state == READING and not self._buffer
 
-    def is_late(self, idle_since: float, slow_since: float) -> bool:
-        """Whether the client took too long: to ask, to finish asking, or to read. Lent requests are the web side's."""
+    def lateness(self, idle_since: float, slow_since: float, unread_since: float) -> str:
+        """What the client took too long for, if anything, each since before a moment. Lent requests are the web side's.
+
+        unread: to read what it is sent; slow: to finish asking; idle: to ask.
+        """
+        state = self._state
         if self._stuck:
-            return self._since < slow_since
-        if self._state == READING:
-            return self._since < (slow_since if self._buffer else idle_since)
-        return self._state != PARKED and self._transport.is_closing() and self._since < slow_since
+            return "unread" if self._since < unread_since else ""
+        if state == READING and not self._buffer:
+            return "idle" if self._since < idle_since else ""
+        if state == PARKED or (state == LENT and not self._transport.is_closing()):
+            return ""
+        return "slow" if self._since < slow_since else ""
 
     def close(self) -> None:
         """Close once what was written is out."""
@@ -268,17 +337,28 @@ class Lane(asyncio.Protocol):
         self._state = CLOSED
         self._transport.abort()
 
+    def forget_client(self) -> None:
+        """The connection is closed, whoever has it."""
+        self._lanes.metrics.connections_closed += 1
+        if self._client is not None:
+            self._lanes.service.clients.leave(self._client)
+            self._client = None
+
     # Called by the node
 
     def answer(self, answer: Answer) -> None:
         self._subscription = None
-        if self._state == PARKED:
+        if self._seat is not None and self._rise():
+            self._expire()
+        elif self._state == PARKED:
             self._write_answer(answer)
             if self._buffer:
                 self._read_on()
 
     def fail(self, error: PushUpError) -> None:
         self._subscription = None
+        if self._seat is not None:
+            self._rise()
         if self._state == PARKED:
             self._write_error(error)
             self._read_on()
@@ -311,10 +391,15 @@ class Lane(asyncio.Protocol):
             if data[0] in b"\r\n":  # Blank lines before a request are allowed, and mean nothing.
                 data = data.lstrip(b"\r\n")
                 continue
-            blank = data.find(b"\r\n\r\n", 0, HEAD_BYTES_MAX)
+            most = self._lanes.settings.head_bytes_max
+            blank = data.find(b"\r\n\r\n", 0, most)
             if blank < 0:
-                if len(data) >= HEAD_BYTES_MAX or is_malformed(data):
+                if is_malformed(data[:most]):
                     self._hand_over(data)
+                    return
+                if len(data) >= most:
+                    self._how, self._sender = 0, NOBODY
+                    self._write_error(HeadTooLarge(f"the request's line and header fields are over {most} bytes"))
                     return
                 break
             end = blank + 4
@@ -355,42 +440,134 @@ class Lane(asyncio.Protocol):
         """Whether the client has sent enough ahead. What a request still needs is never too much."""
         return len(self._buffer) > AHEAD_BYTES_MAX and (self._state != READING or self._stuck)
 
+    def _enter(self, host: str) -> None:
+        """Count the connection as this client's."""
+        clients = self._lanes.service.clients
+        self._client = clients.enter(host)
+        if clients.is_flooding(self._client):
+            self._lanes.metrics.connections_cut["flood"] += 1
+            self.abort()
+        elif clients.is_over(self._client):
+            self._state = REFUSED
+
+    def _greet(self, data: bytes) -> None:
+        """A proxy's first words."""
+        try:
+            proxied = parse_proxy_header(data)
+        except ValueError:
+            self._lanes.metrics.count_refused(InvalidRequest("no PROXY header"))
+            self.abort()
+            return
+        if proxied is None:
+            self._buffer = data
+            return
+        self._state = READING
+        self._buffer = b""
+        if proxied.client is not None:
+            self._enter(proxied.client)
+        rest = data[proxied.length :]
+        if rest:
+            self.data_received(rest)
+
+    def _refuse(self) -> None:
+        assert self._client is not None
+        self._write_error(self._lanes.service.clients.refusal(self._client))
+
     def _poll(self, head: Head, request: bytes, end: int) -> None:
         lanes = self._lanes
+        service = lanes.service
         self._how = head.keep_alive * KEEP_ALIVE | head.http10 * HTTP10 | (head.method == b"HEAD") * NO_BODY
+        sender = self._sender = service.sender(head.headers)
         try:
             if head.method == b"POST":
                 if head.query:
                     raise InvalidRequest("a poll is in the query or in the body, not both")
-                poll = parse_poll_body(request[end:], lanes.settings)
+                realm = self._find(head.realm, sender, None)
+                asked = Asked(realm, parse_poll_body(request[end:], realm.settings), None)
             else:
-                poll = parse_poll_query(head.query or "", lanes.settings)
-                lanes.memory.learn(request, poll, self._how)
+                token = find_token(head.query)
+                realm = self._find(head.realm, sender, token)
+                asked = Asked(realm, parse_poll_query(head.query, realm.settings), token)
+                lanes.memory.learn(request, asked, self._how, sender)
+        except KeysNeeded:
+            self._lend(request, len(request))
+            return
         except PushUpError as error:
             lanes.metrics.requests_lane += 1
             self._write_error(error)
             return
-        self._park(poll)
+        self._ask(asked, request)
 
-    def _park(self, poll: Poll) -> None:
+    def _find(self, name: str, sender: Sender, token: str | None) -> Realm:
+        """The realm of a poll, if its sender is known there: a stranger learns nothing of what is wrong with a poll."""
+        realm = self._lanes.service.find(name, sender, token)
+        if not realm.open_to_read:
+            realm.recognise(sender, token, time())
+        return realm
+
+    def _ask(self, asked: Asked, request: bytes) -> None:
+        """Answer a poll or park it, if its sender may."""
         lanes = self._lanes
+        realm, poll, token = asked
+        sender = self._sender
+        grant = client = None
+        most = inf
+        if not realm.open_to_read:
+            now = time()
+            try:
+                grant = realm.recognise(sender, token, now)
+                realm.admit(grant, poll.channels)
+            except KeysNeeded:
+                self._lend(request, len(request))
+                return
+            except PushUpError as error:
+                lanes.metrics.requests_lane += 1
+                self._write_error(error)
+                return
+            most = grant.expires - now
         lanes.metrics.requests_lane += 1
-        result = lanes.node.poll(poll, self)
+        if sender.forwarded is not None and self._client is None:
+            clients = lanes.service.clients
+            client = clients.enter(sender.forwarded)
+            if clients.is_over(client):
+                clients.leave(client)
+                self._write_error(clients.refusal(client))
+                return
+        result = realm.node.poll(poll, self, most)
         if isinstance(result, Answer):
+            if client is not None:
+                lanes.service.clients.leave(client)
             self._write_answer(result)
             return
+        self._node = realm.node
         self._subscription = result
         self._state = PARKED
+        if grant is not None or client is not None:
+            self._seat = Seat(lanes.service.clients, grant, client)
         if self._web is not None:
             self._web.release()
             self._web = None
 
+    def _rise(self) -> bool:
+        """The poll waits no longer. Whether its token has expired meanwhile."""
+        seat, self._seat = self._seat, None
+        assert seat is not None
+        seat.leave()
+        return seat.has_expired(time())
+
+    def _expire(self) -> None:
+        if self._state == PARKED:
+            self._write_error(TokenExpired("the token expired while the poll waited"))
+            self._read_on()
+
     def _write_answer(self, answer: Answer) -> None:
         lanes = self._lanes
-        how = self._how & ~KEEP_ALIVE if lanes.closing else self._how
-        response = answer.rendered.get(how)
+        how = self._how & ~KEEP_ALIVE if lanes.service.closing else self._how
+        extra = self._sender.cors_lines
+        form = (how, extra) if extra else how
+        response = answer.rendered.get(form)
         if response is None:
-            response = answer.rendered[how] = lanes.render(b"200 OK", b"application/json", answer.body, how)
+            response = answer.rendered[form] = lanes.render(b"200 OK", b"application/json", answer.body, how, extra)
         self._state = READING
         self._since = lanes.loop.time()
         self._transport.write(response)
@@ -398,9 +575,10 @@ class Lane(asyncio.Protocol):
             self.close()
 
     def _write_error(self, error: PushUpError) -> None:
-        how = self._how & ~KEEP_ALIVE if self._lanes.closing else self._how
+        how = self._how & ~KEEP_ALIVE if self._lanes.service.closing else self._how
         self._lanes.metrics.count_refused(error)
         extra = b"".join([b"%b: %b\r\n" % (name.encode(), value.encode()) for name, value in error.headers.items()])
+        extra += self._sender.cors_lines
         status = f"{error.status} {error.title}".encode()
         response = self._lanes.render(status, PROBLEM_TYPE.encode(), error.body(), how, extra)
         self._state = READING
@@ -416,7 +594,7 @@ class Lane(asyncio.Protocol):
         self._body_left = max(total - len(data), 0)
         self._buffer = data[total:]
         if self._web is None:
-            self._web = self._lanes.borrow(self)
+            self._web = self._lanes.borrow(self, False)
             self._web.connection_made(self._transport)
         self._web.data_received(data[:total])
 
@@ -438,7 +616,7 @@ class Lane(asyncio.Protocol):
         if self._web is not None:
             self._web.release()
             self._web = None
-        web = self._lanes.borrow(None)
+        web = self._lanes.handed_over[self] = self._lanes.borrow(self, True)
         self._transport.set_protocol(cast(asyncio.BaseProtocol, web))
         web.connection_made(self._transport)
         web.data_received(data)

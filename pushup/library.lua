@@ -3,11 +3,14 @@
 -- What PushUp does inside Redis, each function atomic. `library.py` has its calls and replies as Python values.
 --
 -- KEYS[1] is the realm, pushup:{NAME}. Everything else it has begins with that and lies in the same cluster slot:
---   pushup:{NAME}            hash   `last` id given; `realm`; `c:CHANNEL` for every channel (see `Realm` and `Facts`)
+--   pushup:{NAME}            hash   `last` id given; `realm`; `bytes` of data cached in all channels; `c:CHANNEL` for every
+--                                   channel (see `Realm` and `Facts`)
 --   pushup:{NAME}:m:CHANNEL  zset   cached messages `[id,["channel",...],data]`, scored by id
+--   pushup:{NAME}:s:CHANNEL  list   `ID SIZE` of each of them, oldest first; SIZE is that of its data in bytes
 --   pushup:{NAME}:k:KEY      string idempotency key: id and digest of what was published
 --   pushup:{NAME}:names      zset   all channels, by name
 --   pushup:{NAME}:due        zset   all channels, by when to look whether they have expired
+--   pushup:{NAME}:stale      zset   all channels, by when to look whether their oldest message is too old
 --   pushup:{NAME}:closed     zset   names of closed channels, by the id of their last message
 --   pushup:{NAME}:nodes      hash   what each node last said of itself
 -- and on sharded pub/sub
@@ -19,9 +22,11 @@
 -- The facts of all channels are one key on purpose: a server that evicts keys, or loses some, loses them all together,
 -- and a realm that begins anew tells everyone of a gap.
 --
+-- Publishing reads no message, only `ID SIZE`: so Redis can be told to let a user publish who may not read.
+--
 -- Numbers are exact doubles (ids stay below 2^53); `text` writes them, as Lua's own form has 14 digits only.
 
-local VERSION = 1
+local VERSION = 2
 local SECOND = 1000000
 local DAY = 86400 * SECOND
 local MAX_ID = 9007199254740991
@@ -33,6 +38,9 @@ local STALLED = 4 * SECOND
 local DOUBTED = 2 * SECOND
 local NODE_FORGOTTEN = 60 * SECOND
 local SWEPT_AT_ONCE = 100
+local READ_AT_ONCE = 128
+local RETRY = 60 * SECOND
+local REALM_BYTES = 268435456
 
 local function text(number)
   return string.format('%.0f', number)
@@ -157,19 +165,28 @@ end
 -- (1), the id at which the realm came into being, the last one given before that run, the floor of all channels, that of
 -- channels not known here, the number of channels and of closed ones remembered; then the defaults: ttl, window,
 -- max_messages, idempotency window, whether named channels come into being by being used, most bytes of a message, most
--- channels of a publication. Times in microseconds.
+-- channels of a publication, most bytes of data cached in the realm. Times in microseconds.
 
 local REALM = {'birth', 'since', 'floor', 'unknown', 'channels', 'closed', 'ttl', 'window', 'max_messages',
-  'idempotency', 'implicit', 'message_bytes', 'publish_channels'}
+  'idempotency', 'implicit', 'message_bytes', 'publish_channels', 'realm_bytes'}
 
+-- It seldom changes, and is read with every call, so the last one is kept in numbers.
+local parsed, parsed_from
 local function parse_realm(written)
+  if written ~= parsed_from then
+    parsed = {realm_bytes = REALM_BYTES} -- Version 1 wrote none.
+    local rest
+    parsed.run, parsed.kept, rest = string.match(written, '^(%w+) (%d) (.*)$')
+    local at = 1
+    for number in string.gmatch(rest, '%d+') do
+      parsed[REALM[at]] = tonumber(number)
+      at = at + 1
+    end
+    parsed_from = written
+  end
   local realm = {}
-  local rest
-  realm.run, realm.kept, rest = string.match(written, '^(%w+) (%d) (.*)$')
-  local at = 1
-  for number in string.gmatch(rest, '%d+') do
-    realm[REALM[at]] = tonumber(number)
-    at = at + 1
+  for field, value in pairs(parsed) do
+    realm[field] = value
   end
   return realm
 end
@@ -183,22 +200,32 @@ local function save_realm(key, realm)
 end
 
 -- Facts of a channel: id of its last message, kept or not (0: none), floor, id of the oldest message kept (0: none),
--- ttl, window, max_messages, when it was made, when it expires.
+-- ttl, window, max_messages, when it was made, when it expires, bytes of data of the messages kept (version 1 wrote none:
+-- its messages have no sizes, and go as if Redis had lost them).
 
 local function parse_facts(written)
-  local tail, bottom, first, ttl, window, most, created, expires =
-    string.match(written, '^(%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+)$')
+  local tail, bottom, first, ttl, window, most, created, expires, bytes =
+    string.match(written, '^(%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+) ?(%d*)$')
   return {tail = tonumber(tail), floor = tonumber(bottom), first = tonumber(first), ttl = tonumber(ttl),
-    window = tonumber(window), max_messages = tonumber(most), created = tonumber(created), expires = tonumber(expires)}
+    window = tonumber(window), max_messages = tonumber(most), created = tonumber(created), expires = tonumber(expires),
+    bytes = tonumber(bytes) or 0}
 end
 
 local function show_facts(facts)
-  return string.format('%.0f %.0f %.0f %.0f %.0f %.0f %.0f %.0f', facts.tail, facts.floor, facts.first, facts.ttl,
-    facts.window, facts.max_messages, facts.created, facts.expires)
+  return string.format('%.0f %.0f %.0f %.0f %.0f %.0f %.0f %.0f %.0f', facts.tail, facts.floor, facts.first, facts.ttl,
+    facts.window, facts.max_messages, facts.created, facts.expires, facts.bytes)
 end
 
-local function save_facts(key, name, facts)
-  redis.call('HSET', key, 'c:' .. name, show_facts(facts))
+local function save_facts(key, realm, name, facts)
+  redis.call('HSET', key, 'c:' .. name, show_facts(facts), 'bytes', text(realm.bytes))
+end
+
+-- The realm's bytes are the sum of its channels' at any time: both change here, and are written in one command. They lie
+-- in one key, so that they are lost together. A channel's bytes may lag behind Redis, which drops messages by itself:
+-- they are corrected whenever the channel is looked at (see `trim`), at the latest by `make_room`, before a refusal.
+local function weigh(realm, facts, bytes)
+  facts.bytes = facts.bytes + bytes
+  realm.bytes = realm.bytes + bytes
 end
 
 -- Some of what was acknowledged may be missing: nobody's cursor from before is good without a gap.
@@ -235,9 +262,9 @@ end
 -- cursors it handed out are at most one above. Notices that the store has lost something, before anything else is done.
 local function open(key, seen, names)
   seen = tonumber(seen) or 0
-  local fields = {'last', 'realm'}
+  local fields = {'last', 'realm', 'bytes'}
   for at, name in ipairs(names) do
-    fields[at + 2] = 'c:' .. name
+    fields[at + 3] = 'c:' .. name
   end
   local found = redis.call('HMGET', key, unpack(fields))
   local now = clock()
@@ -247,18 +274,18 @@ local function open(key, seen, names)
   local realm
   if not found[1] or not found[2] then
     -- A new realm, or one whose heart was lost.
-    redis.call('DEL', key, key .. ':names', key .. ':due', key .. ':closed')
+    redis.call('DEL', key, key .. ':names', key .. ':due', key .. ':stale', key .. ':closed')
     local last = math.max(now, seen + 1)
     realm = {run = run_id(), kept = '0', birth = last, since = last, floor = last + 1, unknown = last + 1, channels = 0, closed = 0,
       ttl = 3600 * SECOND, window = 300 * SECOND, max_messages = 1000, idempotency = 300 * SECOND, implicit = 1,
-      message_bytes = 65536, publish_channels = 100}
-    realm.last = last
+      message_bytes = 65536, publish_channels = 100, realm_bytes = REALM_BYTES}
+    realm.last, realm.bytes = last, 0
     save_realm(key, realm)
     redis.call('HSET', key, 'last', text(last))
     found = {}
   else
     realm = parse_realm(found[2])
-    realm.last = tonumber(found[1])
+    realm.last, realm.bytes = tonumber(found[1]), tonumber(found[3]) or 0
     local before = realm.run
     realm.run = run_id()
     if seen > realm.last or (before ~= realm.run and realm.kept ~= '1') then
@@ -272,7 +299,7 @@ local function open(key, seen, names)
   end
   local facts = {}
   for at = 1, #names do
-    facts[at] = found[at + 2] and parse_facts(found[at + 2]) or false
+    facts[at] = found[at + 3] and parse_facts(found[at + 3]) or false
   end
   return realm, facts, now
 end
@@ -316,50 +343,121 @@ local function add(key, realm, name, now, ttl, window, most)
     redis.call('ZREM', key .. ':closed', name)
     realm.closed = realm.closed - 1
   end
-  redis.call('DEL', key .. ':m:' .. name)
-  local facts = {tail = tail, floor = bottom, first = 0, ttl = ttl or realm.ttl, window = window or realm.window,
+  redis.call('DEL', key .. ':m:' .. name, key .. ':s:' .. name)
+  local facts = {tail = tail, floor = bottom, first = 0, bytes = 0, ttl = ttl or realm.ttl, window = window or realm.window,
     max_messages = most or realm.max_messages, created = now}
   facts.expires = now + facts.ttl
   redis.call('ZADD', key .. ':names', 0, name)
   redis.call('ZADD', key .. ':due', text(facts.expires), name)
+  redis.call('ZADD', key .. ':stale', text(MAX_ID), name)
   realm.channels = realm.channels + 1
   save_realm(key, realm)
   return facts
 end
 
--- Drop messages: those beyond the count, and those with an id below `before`. True if the facts have changed.
-local function trim(key, name, facts, before)
-  local messages = key .. ':m:' .. name
-  local count = redis.call('ZCARD', messages)
-  if count == 0 then
-    -- Redis dropped them: they had expired, or it needed the memory.
-    if facts.first == 0 then
-      return false
-    end
-    facts.floor, facts.first = facts.tail + 1, 0
-    return true
-  end
-  local dropped
-  if count > facts.max_messages then
-    local popped = redis.call('ZPOPMIN', messages, count - facts.max_messages)
-    dropped = tonumber(popped[#popped])
-  end
-  if facts.first < before then
-    local old = redis.call('ZRANGE', messages, '(' .. text(before), '-inf', 'BYSCORE', 'REV', 'LIMIT', 0, 1, 'WITHSCORES')
-    if old[2] then
-      dropped = math.max(dropped or 0, tonumber(old[2]))
-      redis.call('ZREMRANGEBYSCORE', messages, '-inf', old[2])
+-- Redis dropped the channel's messages: they had expired, or it needed the memory. Both keys go together.
+local function forget(key, realm, name, facts)
+  redis.call('DEL', key .. ':m:' .. name, key .. ':s:' .. name)
+  facts.floor, facts.first = facts.tail + 1, 0
+  weigh(realm, facts, -facts.bytes)
+end
+
+-- Drop messages: those beyond the count, and those with an id below `before`. True if the facts have changed. Who knows
+-- how many there are says so.
+local function trim(key, realm, name, facts, before, count)
+  local messages, sizes = key .. ':m:' .. name, key .. ':s:' .. name
+  if not count then
+    count = redis.call('ZCARD', messages)
+    if redis.call('LLEN', sizes) ~= count or (count == 0 and facts.first > 0) then
+      forget(key, realm, name, facts)
+      return true
     end
   end
-  local oldest = redis.call('ZRANGE', messages, 0, 0, 'WITHSCORES')
-  local first = oldest[2] and tonumber(oldest[2]) or 0
-  if not dropped and first == facts.first then
+  local excess = count - facts.max_messages
+  if count == 0 or (excess <= 0 and facts.first >= before) then
     return false
   end
-  -- If the oldest one kept has changed without our doing, what was before it is gone.
-  facts.floor = math.max(facts.floor, dropped and dropped + 1 or first)
-  facts.first = first
+  local dropped, bytes, newest, first = 0, 0, 0, nil
+  local upto = math.max(excess, 0)
+  while not first and dropped < count do
+    for _, entry in ipairs(redis.call('LRANGE', sizes, dropped, upto)) do
+      local id, size = string.match(entry, '^(%d+) (%d+)$')
+      id = tonumber(id)
+      if dropped >= excess and id >= before then
+        first = id
+        break
+      end
+      dropped, bytes, newest = dropped + 1, bytes + tonumber(size), id
+    end
+    upto = upto + READ_AT_ONCE
+  end
+  redis.call('ZREMRANGEBYRANK', messages, 0, dropped - 1)
+  redis.call('LTRIM', sizes, dropped, -1)
+  facts.floor, facts.first = math.max(facts.floor, newest + 1), first or 0
+  weigh(realm, facts, -bytes)
   return true
+end
+
+-- When the channel's oldest message becomes too old.
+local function stales(facts)
+  return facts.first > 0 and facts.first + facts.window + 1 or MAX_ID
+end
+
+-- Trim channels whose oldest message may be too old, until the realm is down to `bytes` or a number of them were looked
+-- at. `known` are the facts that the caller has, by name.
+local function shed(key, realm, now, bytes, known)
+  if realm.bytes <= bytes then
+    return
+  end
+  local names = redis.call('ZRANGE', key .. ':stale', '-inf', text(now), 'BYSCORE', 'LIMIT', 0, SWEPT_AT_ONCE)
+  for _, name in ipairs(names) do
+    local facts = known[name]
+    if not facts then
+      local written = redis.call('HMGET', key, 'c:' .. name)[1]
+      facts = written and parse_facts(written)
+    end
+    if facts then
+      if trim(key, realm, name, facts, now - facts.window) then
+        save_facts(key, realm, name, facts)
+      end
+      redis.call('ZADD', key .. ':stale', text(stales(facts)), name)
+    else
+      redis.call('ZREM', key .. ':stale', name)
+    end
+    if realm.bytes <= bytes then
+      return
+    end
+  end
+end
+
+-- Refuse a publication that would take the realm above its bytes, once what is too old has gone. What it would push out
+-- of its channels, because they hold as many messages as they may, makes room, too.
+local function make_room(key, realm, now, names, facts, size)
+  local limit = realm.realm_bytes - #names * size
+  local known = {}
+  for at, name in ipairs(names) do
+    known[name] = facts[at] or nil
+  end
+  shed(key, realm, now, limit, known)
+  local pushed = 0
+  for name, channel in pairs(known) do
+    if realm.bytes > limit and trim(key, realm, name, channel, now - channel.window) then
+      save_facts(key, realm, name, channel)
+    end
+    local sizes = key .. ':s:' .. name
+    local excess = redis.call('LLEN', sizes) + 1 - channel.max_messages
+    if excess > 0 then
+      for _, entry in ipairs(redis.call('LRANGE', sizes, 0, excess - 1)) do
+        pushed = pushed + tonumber(string.match(entry, '%d+$'))
+      end
+    end
+  end
+  if realm.bytes - pushed > limit then
+    local next = redis.call('ZRANGE', key .. ':stale', 0, 0, 'WITHSCORES')[2]
+    local wait = math.max(0, math.min(RETRY, (tonumber(next) or 0) - now))
+    refuse('REALMFULL', text(math.max(1, math.ceil(wait / SECOND))) .. ' ' .. text(realm.bytes) ..
+      ' bytes of data are cached in the realm; the limit is ' .. text(realm.realm_bytes))
+  end
 end
 
 -- Publishing
@@ -401,35 +499,49 @@ local function put(key, seen, once, data, names)
       refuse('NOCHANNEL', name)
     end
   end
+  if realm.bytes + #names * #data > realm.realm_bytes then
+    make_room(key, realm, now, names, facts, #data)
+  end
   local id = math.max(now, realm.last + 1)
   realm.last = id
   local written = text(id)
   local message = '[' .. written .. ',' .. shown .. ',' .. data .. ']'
-  local saved = {'last', written}
+  local entry = written .. ' ' .. #data
+  local saved = {'last', written, 'bytes', ''}
   local prevs = {}
   for at, name in ipairs(names) do
     local channel = facts[at] or add(key, realm, name, now)
-    local messages = key .. ':m:' .. name
+    local messages, sizes = key .. ':m:' .. name, key .. ':s:' .. name
+    local count = redis.call('RPUSH', sizes, entry)
     redis.call('ZADD', messages, written, message)
-    local count = redis.call('ZCARD', messages)
+    if redis.call('ZCARD', messages) ~= count or (count == 1 and channel.first > 0) then
+      forget(key, realm, name, channel)
+      count = redis.call('RPUSH', sizes, entry)
+      redis.call('ZADD', messages, written, message)
+    end
     if count == 1 then
-      if channel.first > 0 then
-        channel.floor = channel.tail + 1
-      end
       channel.first = id
+      redis.call('ZADD', key .. ':stale', text(stales(channel)), name)
+    end
+    weigh(realm, channel, #data)
+    -- An eighth more than the window, so that old messages go many at once, and their keys are not put off to expire
+    -- with every one, but whenever another eighth begins.
+    local eighth = math.max(1, math.floor(channel.window / 8))
+    if count == 1 or math.floor(channel.tail / eighth) < math.floor(id / eighth) then
+      local kept = text(math.ceil((channel.window + eighth) / 1000) + 1000)
+      redis.call('PEXPIRE', messages, kept)
+      redis.call('PEXPIRE', sizes, kept)
     end
     prevs[at] = text(channel.tail)
     channel.tail = id
-    -- An eighth more than the window, so that old messages go many at once.
-    local before = now - channel.window - math.floor(channel.window / 8)
-    if count > channel.max_messages or channel.first < before then
-      trim(key, name, channel, now - channel.window)
+    if count > channel.max_messages or channel.first < now - channel.window - eighth then
+      trim(key, realm, name, channel, now - channel.window, count)
     end
     channel.expires = now + channel.ttl
-    redis.call('PEXPIRE', messages, text(math.ceil(channel.window / 1000) + 1000))
     saved[#saved + 1] = 'c:' .. name
     saved[#saved + 1] = show_facts(channel)
   end
+  saved[4] = text(realm.bytes)
   redis.call('HSET', key, unpack(saved))
   if memo and realm.idempotency > 0 then
     redis.call('SET', key .. ':k:' .. once, written .. ' ' .. memo, 'PX', text(math.ceil(realm.idempotency / 1000)))
@@ -468,9 +580,9 @@ end
 
 -- Channels
 
-local function describe(key, name, facts, now)
-  if trim(key, name, facts, now - facts.window) then
-    save_facts(key, name, facts)
+local function describe(key, realm, name, facts, now)
+  if trim(key, realm, name, facts, now - facts.window) then
+    save_facts(key, realm, name, facts)
   end
   local count = redis.call('ZCARD', key .. ':m:' .. name)
   return {name, text(facts.created), text(facts.expires), text(facts.ttl), text(facts.window),
@@ -509,9 +621,9 @@ local function create(key, args)
     end
   end
   local channel = add(key, realm, name, now, duration(args[3]), duration(args[4]), duration(args[5]))
-  save_facts(key, name, channel)
+  save_facts(key, realm, name, channel)
   redis.call('SPUBLISH', pubsub(key, realm, 'a', name), 'made')
-  return describe(key, name, channel, now)
+  return describe(key, realm, name, channel, now)
 end
 
 -- SEEN NAME TTL-OR-EMPTY -> description
@@ -522,15 +634,18 @@ local function renew(key, args)
   facts.expires = now + facts.ttl
   local due = tonumber(redis.call('ZSCORE', key .. ':due', args[2]) or facts.expires)
   redis.call('ZADD', key .. ':due', text(math.min(due, facts.expires)), args[2])
-  save_facts(key, args[2], facts)
-  return describe(key, args[2], facts, now)
+  save_facts(key, realm, args[2], facts)
+  return describe(key, realm, args[2], facts, now)
 end
 
 local function finish(key, realm, name, facts, now)
-  redis.call('DEL', key .. ':m:' .. name)
+  redis.call('DEL', key .. ':m:' .. name, key .. ':s:' .. name)
+  weigh(realm, facts, -facts.bytes)
   redis.call('HDEL', key, 'c:' .. name)
+  redis.call('HSET', key, 'bytes', text(realm.bytes))
   redis.call('ZREM', key .. ':names', name)
   redis.call('ZREM', key .. ':due', name)
+  redis.call('ZREM', key .. ':stale', name)
   realm.channels = realm.channels - 1
   if facts.tail > 0 and not is_integer(name) then
     redis.call('ZADD', key .. ':closed', text(facts.tail), name)
@@ -555,19 +670,19 @@ end
 
 -- SEEN NAME -> description
 local function look(key, args)
-  local _, facts, now = known(key, args[1], args[2])
-  return describe(key, args[2], facts, now)
+  local realm, facts, now = known(key, args[1], args[2])
+  return describe(key, realm, args[2], facts, now)
 end
 
 -- SEEN AFTER LIMIT -> descriptions, by name
 local function list(key, args)
   local names = redis.call('ZRANGE', key .. ':names', args[2] == '' and '-' or '(' .. args[2], '+', 'BYLEX', 'LIMIT', 0,
     args[3])
-  local _, facts, now = open(key, args[1], names)
+  local realm, facts, now = open(key, args[1], names)
   local shown = {}
   for at, name in ipairs(names) do
     if facts[at] then
-      shown[#shown + 1] = describe(key, name, facts[at], now)
+      shown[#shown + 1] = describe(key, realm, name, facts[at], now)
     end
   end
   return shown
@@ -594,8 +709,8 @@ local function read(key, args)
   for at, name in ipairs(names) do
     local channel = facts[at]
     if channel then
-      if trim(key, name, channel, now - channel.window) then
-        save_facts(key, name, channel)
+      if trim(key, realm, name, channel, now - channel.window) then
+        save_facts(key, realm, name, channel)
       end
       local bottom = math.max(channel.floor, realm.floor)
       local whole = starts[at] <= bottom
@@ -615,16 +730,21 @@ local function read(key, args)
 end
 
 local function restore_indexes(key, realm)
-  local names, due = key .. ':names', key .. ':due'
-  if redis.call('ZCARD', names) == realm.channels and redis.call('ZCARD', due) == realm.channels then
+  local names, due, stale = key .. ':names', key .. ':due', key .. ':stale'
+  local complete = true
+  for _, index in ipairs({names, due, stale}) do
+    complete = complete and redis.call('ZCARD', index) == realm.channels
+  end
+  if complete then
     return
   end
-  redis.call('DEL', names, due)
+  redis.call('DEL', names, due, stale)
   realm.channels = 0
   for _, field in ipairs(redis.call('HKEYS', key)) do
     if string.sub(field, 1, 2) == 'c:' then
       redis.call('ZADD', names, 0, string.sub(field, 3))
       redis.call('ZADD', due, 0, string.sub(field, 3))
+      redis.call('ZADD', stale, 0, string.sub(field, 3))
       realm.channels = realm.channels + 1
     end
   end
@@ -658,6 +778,7 @@ local function tick(key, args)
   redis.call('HSET', key .. ':nodes', args[2], text(now) .. ' ' .. args[4])
   restore_indexes(key, realm)
   sweep(key, realm, now)
+  shed(key, realm, now, realm.realm_bytes / 2, {})
   local tails = {''}
   for at, name in ipairs(audited) do
     local hex = string.gsub(name, '.', function(byte) return string.format('%02x', string.byte(byte)) end)
@@ -684,8 +805,8 @@ local function witness(key, args)
   return {text(position(key, realm, now)), origin(realm)}
 end
 
--- SEEN ORIGIN SEEN-THERE KEPT TTL WINDOW MAX_MESSAGES IDEMPOTENCY IMPLICIT MESSAGE_BYTES PUBLISH_CHANNELS ->
--- {position, origin}. A node begins, or begins again.
+-- SEEN ORIGIN SEEN-THERE KEPT TTL WINDOW MAX_MESSAGES IDEMPOTENCY IMPLICIT MESSAGE_BYTES PUBLISH_CHANNELS REALM_BYTES ->
+-- {position, origin}. A node begins, or begins again. One of version 1 says nothing of REALM_BYTES: the realm's stay.
 -- KEPT: whether this server keeps every acknowledged write over a restart, and has no replica that could take its place.
 local function attach(key, args)
   local realm, now = compare(key, args)
@@ -693,6 +814,7 @@ local function attach(key, args)
   realm.ttl, realm.window, realm.max_messages = tonumber(args[5]), tonumber(args[6]), tonumber(args[7])
   realm.idempotency, realm.implicit = tonumber(args[8]), tonumber(args[9])
   realm.message_bytes, realm.publish_channels = tonumber(args[10]), tonumber(args[11])
+  realm.realm_bytes = tonumber(args[12]) or realm.realm_bytes
   save_realm(key, realm)
   return {text(position(key, realm, now)), origin(realm)}
 end

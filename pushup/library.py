@@ -20,6 +20,7 @@ from pushup.errors import (
     InvalidRequest,
     KeyReused,
     PushUpError,
+    RealmFull,
     TooLarge,
     Unavailable,
 )
@@ -124,6 +125,7 @@ class Library:
             int(retention.implicit),
             retention.message_bytes,
             retention.publish_channels,
+            retention.realm_bytes,
         )
 
     def witness(self, seen: int, origin: str, seen_there: int) -> Call:
@@ -298,6 +300,9 @@ def translate(text: str) -> PushUpError | NotExecuted:
             return TooLarge(detail)
         case "INVALID":
             return InvalidRequest(detail)
+        case "REALMFULL":
+            seconds, _, detail = detail.partition(" ")
+            return RealmFull(detail, int(seconds))
     if "unction not found" in text:
         return NotExecuted(text, missing=True)
     if code in _ELSEWHERE or code in _BUSY or "read only replica" in text or "readonly replica" in text:

@@ -7,6 +7,7 @@ a timer and the broker's coroutines.
 import asyncio
 import contextlib
 import heapq
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
@@ -16,7 +17,7 @@ from sortedcontainers import SortedDict
 
 from pushup.backlog import Backlog
 from pushup.broker import Listener, now_us
-from pushup.errors import ChannelExists, ChannelNotFound, KeyReused, PushUpError
+from pushup.errors import ChannelExists, ChannelNotFound, KeyReused, PushUpError, RealmFull
 from pushup.messages import (
     MAX_ID,
     SECOND,
@@ -34,6 +35,8 @@ from pushup.messages import (
 
 SWEEP_INTERVAL_S: Final = 1.0
 CLOSED_REMEMBERED: Final = 10_000
+RETRY_MAX_S: Final = 60
+"""The longest a publisher is told to wait for room in a realm that is full."""
 
 
 class _Channel:
@@ -55,8 +58,11 @@ class _Channel:
         first = self.backlog.first
         return self.expires if first is None else min(self.expires, first + int(self.window * SECOND) + 1)
 
-    def trim(self, now: int) -> None:
+    def trim(self, now: int) -> int:
+        """Drop what is too old or too much; how many bytes of data went."""
+        before = self.backlog.bytes
         self.backlog.trim(self.max_messages, now - int(self.window * SECOND))
+        return before - self.backlog.bytes
 
 
 class MemoryStore:
@@ -68,6 +74,8 @@ class MemoryStore:
         self._floor = now
         """What a channel not known here had before this id is not known either."""
         self._channels: SortedDict[str, _Channel] = SortedDict()
+        self._bytes = 0
+        """Of data in all of them."""
         self._closed: OrderedDict[str, int] = OrderedDict()
         """Tails of channels that were closed, so that who comes back to one is told of the gap."""
         self._looks: list[tuple[int, str]] = []
@@ -95,7 +103,7 @@ class MemoryStore:
             keep = self._retention
             return History((), floor, tail, self.position(now), True, keep.window, keep.max_messages)
         self._watched.add(name)
-        channel.trim(now)
+        self._trim(channel, now)
         backlog = channel.backlog
         messages = backlog.range(0, MAX_ID)
         return History(
@@ -106,7 +114,7 @@ class MemoryStore:
         self._watched.discard(name)
 
     def publish(self, publication: Publication, now: int) -> Receipt:
-        """Store and announce. O(channels + polls). Raises ChannelNotFound, KeyReused."""
+        """Store and announce. O(channels + polls). Raises ChannelNotFound, KeyReused, RealmFull."""
         if publication.key is not None:
             self._forget_keys(now)
             seen = self._keys.get(publication.key)
@@ -118,6 +126,9 @@ class MemoryStore:
         for name in publication.channels:
             if name not in self._channels and not self._comes_into_being(name):
                 raise ChannelNotFound(show_channel(name))
+        size = len(publication.data)
+        if self._bytes + len(publication.channels) * size > self._retention.realm_bytes:
+            self._make_room(publication, now)
         id = self._last = max(now, self._last + 1)
         if publication.key is not None:
             self._keys[publication.key] = (now + int(self._retention.idempotency * SECOND), publication.digest(), id)
@@ -127,7 +138,8 @@ class MemoryStore:
             channel = self._channels.get(name) or self._add(name, ChannelOptions(), now)
             announcements.append((name, channel.backlog.tail))
             channel.backlog.append(message)
-            channel.trim(now)
+            self._bytes += size
+            self._trim(channel, now)
             channel.expires = now + int(channel.ttl * SECOND)
             self._look(name, channel)
         if self.listener is not None:
@@ -153,7 +165,7 @@ class MemoryStore:
         if ttl is not None:
             channel.ttl = ttl
         channel.expires = now + int(channel.ttl * SECOND)
-        channel.trim(now)
+        self._trim(channel, now)
         self._look(name, channel)
         return self._info(name, channel)
 
@@ -161,6 +173,7 @@ class MemoryStore:
         """O(log channels + polls)."""
         channel = self._get(name)
         del self._channels[name]
+        self._bytes -= channel.backlog.bytes
         if channel.backlog.tail and not is_integer(name):
             self._closed[name] = channel.backlog.tail
             if len(self._closed) > CLOSED_REMEMBERED:
@@ -173,7 +186,7 @@ class MemoryStore:
 
     def describe(self, name: str, now: int) -> ChannelInfo:
         channel = self._get(name)
-        channel.trim(now)
+        self._trim(channel, now)
         return self._info(name, channel)
 
     def channels(self, after: str, limit: int, now: int) -> list[ChannelInfo]:
@@ -184,17 +197,44 @@ class MemoryStore:
     def sweep(self, now: int) -> None:
         """Drop what is too old: messages, and channels whose ttl is over. O(log channels) for each that is due."""
         self._forget_keys(now)
+        for name in self._trim_due(now):
+            self.close(name)
+
+    def _trim_due(self, now: int) -> list[str]:
+        """Drop the messages that are too old; the channels whose ttl is over, at which nobody will look again."""
+        over = []
         while self._looks and self._looks[0][0] <= now:
             at, name = heapq.heappop(self._looks)
             channel = self._channels.get(name)
             if channel is None or channel.looked_at != at:
                 continue
+            self._trim(channel, now)
+            channel.looked_at = MAX_ID
             if channel.expires <= now:
-                self.close(name)
+                over.append(name)
             else:
-                channel.trim(now)
-                channel.looked_at = MAX_ID
                 self._look(name, channel)
+        return over
+
+    def _make_room(self, publication: Publication, now: int) -> None:
+        """Drop what is too old. Raises RealmFull if that is not enough.
+
+        What the publication would push out of its channels, because they are full by count, makes room, too.
+        """
+        over = self._trim_due(now)
+        for name in over:
+            self._look(name, self._channels[name])
+        targets = [self._channels[name] for name in publication.channels if name in self._channels]
+        pushed_out = sum(channel.backlog.pushed_out(channel.max_messages - 1) for channel in targets)
+        limit = self._retention.realm_bytes
+        if self._bytes - pushed_out + len(publication.channels) * len(publication.data) > limit:
+            due = self._looks[0][0] if self._looks else MAX_ID
+            seconds = math.ceil(min(due - now, RETRY_MAX_S * SECOND) / SECOND)
+            detail = f"{self._bytes} bytes of data are cached in the realm; the limit is {limit}"
+            raise RealmFull(detail, max(1, seconds))
+
+    def _trim(self, channel: _Channel, now: int) -> None:
+        self._bytes -= channel.trim(now)
 
     def _get(self, name: str) -> _Channel:
         channel: _Channel | None = self._channels.get(name)

@@ -46,18 +46,26 @@ class Histogram:
 
     def family(self, name: str, documentation: str) -> Metric:
         """The histogram as Prometheus has it: cumulative, with +Inf."""
+        family = HistogramMetricFamily(name, documentation)
+        family.add_metric([], self.buckets(), self._sum)
+        return family
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """Cumulative counts by upper bound, with +Inf."""
         total = 0
         buckets = []
         for bound, count in zip((*self._bounds, float("inf")), self._counts, strict=True):
             total += count
             buckets.append(("+Inf" if bound == float("inf") else str(bound), float(total)))
-        family = HistogramMetricFamily(name, documentation)
-        family.add_metric([], buckets, self._sum)
-        return family
+        return buckets
+
+    @property
+    def sum(self) -> float:
+        return self._sum
 
 
-class Metrics(Collector):
-    """The counters of one process."""
+class RealmMetrics:
+    """The counters of one realm."""
 
     def __init__(self) -> None:
         self.answers = dict.fromkeys(("message", "timeout", "gap", "closed", "drain", "gone", "error"), 0)
@@ -68,20 +76,32 @@ class Metrics(Collector):
         self.broker_reads = 0
         self.broker_read_errors = 0
         self.broker_doubts = 0
-        self.refused = dict.fromkeys(_CODES, 0)
-        self.connections_opened = 0
-        self.connections_closed = 0
-        self.requests_lane = 0
-        self.requests_web = 0
         self.lag = Histogram()
-        self.loop_lag = Histogram()
         self.parked = 0
         self.channels = 0
         self.ready = False
+
+
+class Metrics(Collector):
+    """The counters of one process, and those of its realms."""
+
+    def __init__(self) -> None:
+        self.realms: dict[str, RealmMetrics] = {}
+        self.refused = dict.fromkeys(_CODES, 0)
+        self.connections_opened = 0
+        self.connections_closed = 0
+        self.connections_cut = dict.fromkeys(("slow", "idle", "unread", "flood"), 0)
+        self.requests_lane = 0
+        self.requests_web = 0
+        self.loop_lag = Histogram()
         self._registry = CollectorRegistry()
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
+
+    def realm(self, name: str) -> RealmMetrics:
+        """Those of a realm."""
+        return self.realms.setdefault(name, RealmMetrics())
 
     def count_refused(self, error: PushUpError) -> None:
         """A request was answered with an error."""
@@ -93,13 +113,56 @@ class Metrics(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """Called by the registry."""
-        yield GaugeMetricFamily("pushup_parked_polls", "Polls that wait on this node now.", self.parked)
-        yield GaugeMetricFamily("pushup_watched_channels", "Channels this node keeps a backlog of.", self.channels)
+        realms = self.realms
+        yield _gauge(
+            "pushup_parked_polls",
+            "Polls that wait on this node now.",
+            {name: realm.parked for name, realm in realms.items()},
+        )
+        yield _gauge(
+            "pushup_watched_channels",
+            "Channels this node keeps a backlog of.",
+            {name: realm.channels for name, realm in realms.items()},
+        )
+        yield _gauge(
+            "pushup_ready",
+            "1 while the node is ready for the realm's polls, else 0.",
+            {name: realm.ready for name, realm in realms.items()},
+        )
         yield GaugeMetricFamily(
             "pushup_open_connections", "Client connections open now.", self.connections_opened - self.connections_closed
         )
-        yield GaugeMetricFamily("pushup_ready", "1 while the node is ready for polls, else 0.", float(self.ready))
-        yield _by_label("pushup_polls_ended", "Polls ended, by what ended them.", "reason", self.answers)
+        yield _counter(
+            "pushup_polls_ended",
+            "Polls ended, by what ended them.",
+            {(name, reason): count for name, realm in realms.items() for reason, count in realm.answers.items()},
+            "reason",
+        )
+        yield _counter(
+            "pushup_messages_delivered",
+            "Messages in answers.",
+            {(name,): realm.messages_delivered for name, realm in realms.items()},
+        )
+        yield _counter(
+            "pushup_publications",
+            "Publications made through this node, by outcome.",
+            {
+                (name, outcome): count
+                for name, realm in realms.items()
+                for outcome, count in (
+                    ("stored", realm.publications),
+                    ("duplicate", realm.publications_duplicate),
+                    ("refused", realm.publications_refused),
+                )
+            },
+            "outcome",
+        )
+        for name, documentation, attribute in (
+            ("pushup_broker_reads", "Channels read from the broker.", "broker_reads"),
+            ("pushup_broker_read_errors", "Channels whose read from the broker failed.", "broker_read_errors"),
+            ("pushup_broker_doubts", "Times that events of the broker may have been missed.", "broker_doubts"),
+        ):
+            yield _counter(name, documentation, {(key,): getattr(realm, attribute) for key, realm in realms.items()})
         yield _by_label("pushup_requests_refused", "Requests answered with an error, by code.", "code", self.refused)
         yield _by_label(
             "pushup_requests",
@@ -108,26 +171,34 @@ class Metrics(Collector):
             {"lane": self.requests_lane, "web": self.requests_web},
         )
         yield CounterMetricFamily("pushup_connections_opened", "Client connections accepted.", self.connections_opened)
-        yield CounterMetricFamily("pushup_messages_delivered", "Messages in answers.", self.messages_delivered)
         yield _by_label(
-            "pushup_publications",
-            "Publications made through this node, by outcome.",
-            "outcome",
-            {
-                "stored": self.publications,
-                "duplicate": self.publications_duplicate,
-                "refused": self.publications_refused,
-            },
+            "pushup_connections_cut",
+            "Connections closed on clients that were slow to ask or idle, did not read, or came in too many.",
+            "reason",
+            self.connections_cut,
         )
-        yield CounterMetricFamily("pushup_broker_reads", "Channels read from the broker.", self.broker_reads)
-        yield CounterMetricFamily(
-            "pushup_broker_read_errors", "Channels whose read from the broker failed.", self.broker_read_errors
+        lag = HistogramMetricFamily(
+            "pushup_delivery_lag_seconds", "From a message's id to its answer being written.", labels=["realm"]
         )
-        yield CounterMetricFamily(
-            "pushup_broker_doubts", "Times that events of the broker may have been missed.", self.broker_doubts
-        )
-        yield self.lag.family("pushup_delivery_lag_seconds", "From a message's id to its answer being written.")
+        for name, realm in realms.items():
+            lag.add_metric([name], realm.lag.buckets(), realm.lag.sum)
+        yield lag
         yield self.loop_lag.family("pushup_event_loop_lag_seconds", "How late the event loop runs its timers.")
+
+
+def _gauge(name: str, documentation: str, values: Mapping[str, float]) -> Metric:
+    family = GaugeMetricFamily(name, documentation, labels=["realm"])
+    for realm, value in values.items():
+        family.add_metric([realm], float(value))
+    return family
+
+
+def _counter(name: str, documentation: str, values: Mapping[tuple[str, ...], int], *labels: str) -> Metric:
+    """By realm, and by further labels."""
+    family = CounterMetricFamily(name, documentation, labels=["realm", *labels])
+    for key, count in values.items():
+        family.add_metric(list(key), count)
+    return family
 
 
 def _by_label(name: str, documentation: str, label: str, values: Mapping[str, int]) -> Metric:

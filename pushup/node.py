@@ -11,7 +11,7 @@ from pushup.broker import Broker, now_us
 from pushup.errors import ChannelNotFound, PushUpError, Unavailable
 from pushup.hub import TICKS_PER_SECOND, Hub, Owner, Read, Replies, Subscription
 from pushup.messages import Answer, Message, NodeInfo, Poll, Publication, Receipt, show_channel
-from pushup.metrics import Metrics
+from pushup.metrics import Metrics, RealmMetrics
 from pushup.settings import Settings
 from pushup.version import __version__
 
@@ -30,7 +30,8 @@ class Node:
     def __init__(self, broker: Broker, settings: Settings, metrics: Metrics) -> None:
         self.broker = broker
         self.settings = settings
-        self.metrics = metrics
+        self.metrics: RealmMetrics = metrics.realm(settings.realm)
+        self._process = metrics
         self.draining = False
         self.address = ""
         """Where clients reach it, for the list of nodes; as `admin_address`, set by whoever listens."""
@@ -88,11 +89,13 @@ class Node:
 
     # Polls
 
-    def poll(self, poll: Poll, owner: Owner) -> Answer | Subscription:
-        """Answer at once, or park: then `owner` is told later, once. O(log n)."""
+    def poll(self, poll: Poll, owner: Owner, most: float = math.inf) -> Answer | Subscription:
+        """Answer at once, or park, for `most` seconds at most: then `owner` is told later, once. O(log n)."""
         hub = self._hub
         now = self._loop.time()
         timeout = poll.timeout * (1 - self._jitter * random.random())
+        if most < timeout:
+            timeout = most
         parked = hub.park(poll, owner, now + timeout)
         if parked is None:
             self._advance(now)
@@ -193,7 +196,7 @@ class Node:
             seen=now,
             parked=self.parked,
             channels=self.watched,
-            connections=metrics.connections_opened - metrics.connections_closed,
+            connections=self._process.connections_opened - self._process.connections_closed,
             publications=metrics.publications,
             deliveries=metrics.messages_delivered,
         )

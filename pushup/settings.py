@@ -16,8 +16,10 @@ import msgspec
 from msgspec import Meta
 
 from pushup.address import parse_address
+from pushup.clients import Networks
 from pushup.errors import SettingsError
 from pushup.messages import MAX_ID
+from pushup.origins import Origins
 from pushup.redis_url import parse_servers
 
 ENV_PREFIX: Final = "PUSHUP_"
@@ -27,10 +29,10 @@ Switch = Annotated[bool, Meta(extra={"must": "be true or false (or yes and no, o
 Listen = Annotated[str, Meta(extra={"must": "be HOST:PORT in quotes", "shown": "HOST:PORT"})]
 Url = Annotated[str, Meta(extra={"must": "be a URL in quotes", "shown": "URL"})]
 File = Annotated[str, Meta(extra={"must": "be the name of a file in quotes", "shown": "FILE"})]
-Networks = Annotated[
+NetworkList = Annotated[
     str, Meta(extra={"must": "be addresses and networks in quotes, with commas between them", "shown": "NETWORKS"})
 ]
-Origins = Annotated[
+OriginList = Annotated[
     str,
     Meta(extra={"must": "be origins like https://example.com in quotes, with commas between them", "shown": "ORIGINS"}),
 ]
@@ -73,7 +75,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         "127.0.0.1:8081"
     )
     broker: Annotated[Url, Meta(description="where messages are kept: memory:// (this process) or Redis")] = "memory://"
-    realm: Annotated[Name, Meta(description="the tenant this node serves, apart from all others")] = "default"
+    realm: Annotated[Name, Meta(description="the tenant whose paths have no prefix")] = "default"
     name: Annotated[Name, Meta(description="this node in lists; auto is HOSTNAME and some letters")] = "auto"
     workers: Annotated[Count, Meta(description="node processes that share the port; more than one needs Redis")] = 1
     access: Annotated[File, Meta(description="who may do what: keys and tokens of each realm (TOML)")] = ""
@@ -81,8 +83,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     demo: Annotated[Switch, Meta(description="serve the question board at /")] = False
     tls_certificate: Annotated[File, Meta(description="serve HTTPS with this certificate chain (PEM)")] = ""
     tls_key: Annotated[File, Meta(description="the private key of the certificate (PEM)")] = ""
-    cors_origins: Annotated[Origins, Meta(description="pages of these origins may use this node; * is any")] = ""
-    trusted_proxies: Annotated[Networks, Meta(description="who is believed about a client's address")] = (
+    cors_origins: Annotated[OriginList, Meta(description="pages of these origins may use this node; * is any")] = ""
+    trusted_proxies: Annotated[NetworkList, Meta(description="who is believed about a client's address")] = (
         "127.0.0.0/8,::1"
     )
     proxy_protocol: Annotated[Switch, Meta(description="trusted proxies begin connections with a PROXY header")] = False
@@ -132,6 +134,32 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Literal["debug", "info", "warning", "error"], Meta(description="least severity that is logged")
     ] = "info"
     log_format: Annotated[Literal["text", "json"], Meta(description="form of each event, one line")] = "text"
+
+
+REALM_SETTINGS: Final = frozenset(
+    (
+        "poll_timeout",
+        "poll_timeout_max",
+        "poll_jitter",
+        "poll_channels_max",
+        "polls_per_token_max",
+        "answer_bytes_max",
+        "message_bytes_max",
+        "publish_channels_max",
+        "publish_batch_max",
+        "publish_rate_max",
+        "token_publish_rate_max",
+        "idempotency_window",
+        "channel_ttl",
+        "channel_window",
+        "channel_max_messages",
+        "channel_implicit",
+        "realm_bytes_max",
+        "backlog_messages",
+        "linger",
+    )
+)
+"""What the access file may set for one realm."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +239,15 @@ def load(flags: Mapping[str, str], environment: Mapping[str, str], file: Path | 
     return Loaded(settings, origins)
 
 
+def for_realm(settings: Settings, realm: str, own: Mapping[str, Any], origin: str) -> Settings:
+    """The settings as they hold in a realm that has some of its own. Raises SettingsError."""
+    for name in own:
+        if name not in REALM_SETTINGS:
+            raise SettingsError(f"{name} in {origin} is not a setting that a realm may have of its own")
+    values = {name: _convert(name, value, origin) for name, value in own.items()}
+    return msgspec.structs.replace(settings, realm=realm, **values)
+
+
 def _is_service(variable: str, value: str) -> bool:
     name = variable.removeprefix(ENV_PREFIX)
     return _SERVICE.fullmatch(name) is not None or (name.endswith("PORT") and _SERVICE_URL.match(value) is not None)
@@ -253,12 +290,34 @@ def _check(settings: Settings, origins: Mapping[str, str]) -> None:
             address = parse_address(value)
         except ValueError as error:
             raise _wrong(name, value, origins[name], str(error)) from None
-        if not address.loopback and not settings.insecure:
+        if address.loopback or settings.insecure:
+            continue
+        if name == "admin_listen":
+            raise SettingsError(
+                f"{name} = {value!r} (from {origins[name]}) would let other machines in, and the admin listener asks "
+                "nobody who they are. Listen on 127.0.0.1, or say --insecure if the network itself keeps strangers out"
+            )
+        if not settings.access:
             raise SettingsError(
                 f"{name} = {value!r} (from {origins[name]}) would let other machines in, and access is open: anyone "
-                "who reaches the port may publish and poll. Listen on 127.0.0.1 behind a proxy that knows who may, "
-                "or say --insecure if the network itself keeps strangers out"
+                "who reaches the port may publish and poll. Say who may in a file and name it by --access (`pushup "
+                "key` makes a key), or listen on 127.0.0.1 behind a proxy that knows who may, or say --insecure if "
+                "the network itself keeps strangers out"
             )
+    for name, parse in (("trusted_proxies", Networks), ("cors_origins", Origins)):
+        value = getattr(settings, name)
+        try:
+            parse(value)
+        except ValueError as error:
+            raise _wrong(name, value, origins[name], str(error)) from None
+    if bool(settings.tls_certificate) != bool(settings.tls_key):
+        raise SettingsError("tls_certificate and tls_key belong together: one of them is missing")
+    if settings.tls_certificate and settings.proxy_protocol:
+        raise SettingsError("proxy_protocol and tls_certificate exclude each other: let the proxy end TLS")
+    if settings.demo and settings.access:
+        raise SettingsError(
+            "the demo publishes from the browser as everybody may, so demo and access exclude each other"
+        )
     if settings.broker != "memory://":
         try:
             parse_servers(settings.broker)

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-from pushup.access import Patterns, TokenRules
+from pushup.access import NOT_GOOD, Patterns, TokenRules
 from pushup.errors import SettingsError, TokenExpired, Unauthorized, Unavailable
 
 log = logging.getLogger("pushup.tokens")
@@ -86,15 +86,15 @@ class Tokens:
         try:
             header = jwt.get_unverified_header(token)
         except (jwt.PyJWTError, ValueError):
-            raise Unauthorized("the credentials are neither a key nor a token that is good here") from None
+            raise _refuse("it is neither a key nor a token") from None
         if "crit" in header:
-            raise Unauthorized("the token has critical extensions, which nobody here understands")
+            raise _refuse("it has critical extensions")
         key = self._key
         if key is None:
             assert self.jwks is not None
             key = self.jwks.find(header.get("kid"), now)
         if header.get("alg") != key.algorithm:
-            raise Unauthorized(f"the token is not signed with {key.algorithm}")
+            raise _refuse("its algorithm is not that of the key")
         required = ["exp", *(["iss"] if self._rules.issuer else []), *(["aud"] if self._rules.audience else [])]
         try:
             claims = jwt.decode(
@@ -103,14 +103,20 @@ class Tokens:
                 algorithms=[key.algorithm],
                 audience=self._rules.audience,
                 issuer=self._rules.issuer,
-                options={"require": required, "verify_exp": False, "verify_nbf": False, "verify_iat": False},
+                options={
+                    "require": required,
+                    "verify_exp": False,
+                    "verify_nbf": False,
+                    "verify_iat": False,
+                    "verify_sub": False,
+                },
             )
         except jwt.MissingRequiredClaimError as error:
             raise Unauthorized(f"the token has no {error.claim}") from None
         except (jwt.InvalidAudienceError, jwt.InvalidIssuerError):
             raise Unauthorized("the token is by somebody else or for somebody else") from None
         except (jwt.PyJWTError, ValueError, TypeError, RecursionError):
-            raise Unauthorized("the token's signature or form is wrong") from None
+            raise _refuse("its signature or form is wrong") from None
         return self._read(claims, now)
 
     def _read(self, claims: Mapping[str, Any], now: float) -> Claims:
@@ -128,6 +134,12 @@ class Tokens:
             raise Unauthorized("the token's pushup claim is an object with the members subscribe and publish")
         publish = _patterns(rights, "publish") if self._rules.publish else Patterns([])
         return Claims(subject, expires, _patterns(rights, "subscribe"), publish)
+
+
+def _refuse(reason: str) -> Unauthorized:
+    # Who may not come in does not hear why: a stranger would learn which realms there are.
+    log.debug("credentials are refused", extra={"reason": reason})
+    return Unauthorized(NOT_GOOD)
 
 
 def _time(claims: Mapping[str, Any], name: str) -> float:
@@ -215,7 +227,7 @@ class Jwks:
         """Raises SettingsError for a URL that anybody on the way could answer."""
         if not _is_trustworthy(url):
             raise SettingsError(f"jwks_url = {url!r}: it must be https://, or http:// on this machine")
-        self._url = url
+        self.url = url
         self._keys: Mapping[str | None, SigningKey] = {}
         self._fetched: float | None = None
         """When the keys were had, in Unix seconds."""
@@ -239,7 +251,7 @@ class Jwks:
             return key
         if now - self._tried >= JWKS_PAUSE_S:
             raise KeysNeeded
-        raise Unauthorized("the token is signed with a key that is not known here")
+        raise _refuse("its key is not in the key set")
 
     def is_stale(self, now: float) -> bool:
         """Whether it is time for another look at the URL."""
@@ -270,7 +282,7 @@ class Jwks:
             timeout = aiohttp.ClientTimeout(total=JWKS_TIMEOUT_S)
             async with (
                 aiohttp.ClientSession(timeout=timeout) as session,
-                session.get(self._url, allow_redirects=False) as response,
+                session.get(self.url, allow_redirects=False) as response,
             ):
                 if response.status != 200:
                     raise ValueError(f"it answers {response.status}")
@@ -279,7 +291,7 @@ class Jwks:
                 if not keys:
                     raise ValueError("it has no key that tokens may be signed with")
         except (aiohttp.ClientError, TimeoutError, ValueError, RecursionError) as error:
-            log.warning("cannot get the key set", extra={"url": self._url, "error": str(error) or "time-out"})
+            log.warning("cannot get the key set", extra={"url": self.url, "error": str(error) or "time-out"})
             return
         before, self._keys, self._fetched = self._keys, keys, now
         if any(keys.get(kid) != key for kid, key in before.items()):

@@ -8,18 +8,23 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from importlib.resources import files
+from math import inf
+from time import time
 from typing import Any, Final
 
 import msgspec
-from aiohttp import StreamReader, web
+from aiohttp import HttpVersion10, HttpVersion11, StreamReader, web
 
-from pushup.errors import InvalidRequest, PushUpError
-from pushup.lane import Lane
-from pushup.messages import Answer
-from pushup.metrics import Metrics
-from pushup.node import Node
+from pushup.access import Grant
+from pushup.errors import InvalidRequest, OriginNotAllowed, PushUpError, RequestTimeout, TokenExpired
+from pushup.lane import Lane, Lanes
+from pushup.messages import Answer, Poll, Publication
 from pushup.problems import problem_response, translate
+from pushup.realm import Realm
+from pushup.sender import Sender
+from pushup.service import Seat, Service
 from pushup.wire import (
+    find_token,
     is_batch,
     parse_channel_options,
     parse_page,
@@ -42,27 +47,40 @@ _FOREVER_S: Final = 1e8
 _FAILED: Final = "something went wrong here; the log says what"
 _NO_HTTP: Final = "the request is not well-formed HTTP"
 
+_SAFE: Final = frozenset(("GET", "HEAD", "OPTIONS"))
+
+SENDER: Final = "pushup.sender"
+"""Under this name a request has its Sender."""
+
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class WebConnection(web.RequestHandler):
     """aiohttp's connection, which may be on loan."""
 
-    __slots__ = ("_body", "_for_good", "_lane", "_metrics")
+    __slots__ = ("_body", "_lane", "_lanes", "_metrics", "_owned", "_stuck_since")
 
-    def __init__(self, manager: web.Server, lane: Lane | None, keepalive_timeout: float, metrics: Metrics) -> None:
+    def __init__(self, manager: web.Server, lanes: Lanes, lane: Lane, *, for_good: bool) -> None:
+        settings = lanes.settings
         super().__init__(
             manager,
-            loop=asyncio.get_running_loop(),
-            keepalive_timeout=keepalive_timeout if lane is None else _FOREVER_S,
+            loop=lanes.loop,
+            keepalive_timeout=settings.keepalive_timeout if for_good else _FOREVER_S,
+            max_line_size=settings.head_bytes_max,
+            max_field_size=settings.head_bytes_max,
             tcp_keepalive=False,
             access_log=None,  # type: ignore[arg-type]
             auto_decompress=False,
             logger=log,
         )
-        self._lane = lane
-        self._for_good = lane is None
-        self._metrics = metrics
+        self._lanes = lanes
+        self._lane = None if for_good else lane
+        """Who lends the connection."""
+        self._owned = lane if for_good else None
+        """Whose connection it was, if it was handed over."""
+        self._metrics = lanes.metrics
+        self._stuck_since: float | None = None
+        """When the client ceased to read."""
         self._body: StreamReader | None = None
         """That of the last request."""
 
@@ -76,9 +94,25 @@ class WebConnection(web.RequestHandler):
 
     def connection_lost(self, exc: BaseException | None) -> None:
         super().connection_lost(exc)
-        if self._for_good:
-            self._for_good = False
-            self._metrics.connections_closed += 1
+        if self._owned is not None:
+            self._lanes.handed_over.pop(self._owned, None)
+            self._owned.forget_client()
+            self._owned = None
+
+    def is_late(self, slow_since: float) -> bool:
+        return self._stuck_since is not None and self._stuck_since < slow_since
+
+    def abort(self) -> None:
+        if self.transport is not None:
+            self.transport.abort()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stuck_since = self._lanes.loop.time()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stuck_since = None
 
     def resume_reading(self, *args: Any, **kwargs: Any) -> None:
         super().resume_reading(*args, **kwargs)
@@ -130,9 +164,10 @@ class WebConnection(web.RequestHandler):
         return response
 
 
-def make_app(node: Node, settings_body_max: int, metrics: Metrics) -> web.Application:
+def make_app(service: Service) -> web.Application:
     """The application behind the public listener."""
-    api = _Api(node)
+    api = _Api(service)
+    metrics = service.metrics
 
     def refuse(error: PushUpError) -> web.Response:
         metrics.count_refused(error)
@@ -156,23 +191,43 @@ def make_app(node: Node, settings_body_max: int, metrics: Metrics) -> web.Applic
             log.exception("a request failed", extra={"method": request.method, "path": request.path})
             response = refuse(PushUpError(_FAILED))
         response.headers.setdefault("Cache-Control", "no-store")
-        if node.draining:
+        if service.closing or service.root.node.draining:
             response.force_close()
         return response
 
-    async def hide_server(request: web.Request, response: web.StreamResponse) -> None:
-        response.headers.pop("Server", None)
+    @web.middleware
+    async def check_origin(request: web.Request, handler: Handler) -> web.StreamResponse:
+        """What a page of another origin may do here: what the settings say."""
+        if request.version not in (HttpVersion10, HttpVersion11):
+            raise InvalidRequest("HTTP is spoken here in the versions 1.0 and 1.1")
+        sender = request[SENDER] = service.sender([(name.lower(), value) for name, value in request.raw_headers])
+        origin = request.headers.get("Origin")
+        if request.method == "OPTIONS" and origin is not None and "Access-Control-Request-Method" in request.headers:
+            headers = service.origins.preflight(origin)
+            if headers is not None:
+                return web.Response(status=204, headers=headers)
+        changes = request.method not in _SAFE or request.headers.get("Upgrade", "").lower() == "websocket"
+        if sender.foreign and changes:
+            raise OriginNotAllowed("pages of this origin may not use this service; its cors_origins do not name it")
+        return await handler(request)
 
-    app = web.Application(middlewares=[say_errors], client_max_size=settings_body_max)
-    app.on_response_prepare.append(hide_server)
-    app.router.add_get("/poll", api.poll_query)
-    app.router.add_post("/poll", api.poll_body)
-    app.router.add_post("/publish", api.publish)
-    app.router.add_get("/channels", api.channels)
-    app.router.add_post("/channels", api.create)
-    app.router.add_get("/channels/{channel:[^/]+}", api.describe)
-    app.router.add_delete("/channels/{channel:[^/]+}", api.close)
-    app.router.add_post("/channels/{channel:[^/]+}/renew", api.renew)
+    async def finish_headers(request: web.Request, response: web.StreamResponse) -> None:
+        response.headers.pop("Server", None)
+        sender = request.get(SENDER)
+        if sender is not None and request.method != "OPTIONS":
+            response.headers.update(sender.cors)
+
+    app = web.Application(middlewares=[say_errors, check_origin], client_max_size=service.settings.body_bytes_max)
+    app.on_response_prepare.append(finish_headers)
+    for realm in ("", "/realms/{realm:[^/]+}"):
+        app.router.add_get(f"{realm}/poll", api.poll_query)
+        app.router.add_post(f"{realm}/poll", api.poll_body)
+        app.router.add_post(f"{realm}/publish", api.publish)
+        app.router.add_get(f"{realm}/channels", api.channels)
+        app.router.add_post(f"{realm}/channels", api.create)
+        app.router.add_get(f"{realm}/channels/{{channel:[^/]+}}", api.describe)
+        app.router.add_delete(f"{realm}/channels/{{channel:[^/]+}}", api.close)
+        app.router.add_post(f"{realm}/channels/{{channel:[^/]+}}/renew", api.renew)
     app.router.add_get("/openapi.json", api.openapi)
     return app
 
@@ -195,81 +250,145 @@ class _Waiter:
 class _Api:
     """The handlers. Each is what DESIGN.md says of its path."""
 
-    def __init__(self, node: Node) -> None:
-        self._node = node
-        self._broker = node.broker
-        self._settings = node.settings
+    def __init__(self, service: Service) -> None:
+        self._service = service
         self._openapi = files("pushup").joinpath("openapi.json").read_bytes()
 
     async def poll_query(self, request: web.Request) -> web.Response:
-        return await self._poll(parse_poll_query(request.rel_url.raw_query_string, self._settings))
+        query = request.rel_url.raw_query_string
+        token = find_token(query)
+        realm, grant = await self._let_in(request, token)
+        return await self._poll(request, realm, grant, parse_poll_query(query, realm.settings))
 
     async def poll_body(self, request: web.Request) -> web.Response:
         if request.rel_url.raw_query_string:
             raise InvalidRequest("a poll is in the query or in the body, not both")
-        return await self._poll(parse_poll_body(await self._body(request), self._settings))
+        realm, grant = await self._let_in(request, None)
+        return await self._poll(request, realm, grant, parse_poll_body(await self._body(request), realm.settings))
 
-    async def _poll(self, poll: Any) -> web.Response:
-        waiter = _Waiter()
-        answer = self._node.poll(poll, waiter)
-        if not isinstance(answer, Answer):
-            subscription = answer
-            try:
-                answer = await waiter.answered
-            except asyncio.CancelledError:
-                self._node.leave(subscription)
-                raise
+    async def _let_in(self, request: web.Request, token: str | None) -> tuple[Realm, Grant | None]:
+        """The realm of a poll; and what the sender may do there, where that matters."""
+        realm = self._realm(request, token)
+        return realm, None if realm.open_to_read else await realm.meet(request[SENDER], token, time())
+
+    async def _poll(self, request: web.Request, realm: Realm, grant: Grant | None, poll: Poll) -> web.Response:
+        most = inf
+        if grant is not None:
+            realm.admit(grant, poll.channels)
+            most = grant.expires - time()
+        clients = self._service.clients
+        forwarded = self._forwarded(request, request[SENDER])
+        client = clients.enter(forwarded) if forwarded is not None else None
+        seat = Seat(clients, grant, client)
+        try:
+            if client is not None and clients.is_over(client):
+                raise clients.refusal(client)
+            waiter = _Waiter()
+            answer = realm.node.poll(poll, waiter, most)
+            if not isinstance(answer, Answer):
+                subscription = answer
+                try:
+                    answer = await waiter.answered
+                except asyncio.CancelledError:
+                    realm.node.leave(subscription)
+                    raise
+                if seat.has_expired(time()):
+                    raise TokenExpired("the token expired while the poll waited")
+        finally:
+            seat.leave()
         return web.Response(body=answer.body, content_type="application/json")
 
     async def publish(self, request: web.Request) -> web.Response:
+        realm, grant = await self._enter(request)
         body = await self._body(request)
         header, *more = request.headers.getall("Idempotency-Key", [None])
         if more:
             raise InvalidRequest("the Idempotency-Key header is given more than once")
         if not is_batch(body):
-            receipt = await self._node.publish(parse_publication(body, self._settings, header))
-            return _json(show_receipt(receipt), 201)
+            publication = parse_publication(body, realm.settings, header)
+            grant.check("publish", publication.channels)
+            realm.charge(grant, 1)
+            return _json(show_receipt(await realm.node.publish(publication)), 201)
         if header is not None:
             raise InvalidRequest("an array of publications has a key in each item, not an Idempotency-Key header")
-        parsed = parse_publications(body, self._settings)
-        results = iter(await self._node.publish_all([item for item in parsed if not isinstance(item, PushUpError)]))
+        parsed = [_checked(grant, item) for item in parse_publications(body, realm.settings)]
+        good = [item for item in parsed if not isinstance(item, PushUpError)]
+        realm.charge(grant, len(good))
+        results = iter(await realm.node.publish_all(good))
         return _json([show_receipt(item if isinstance(item, PushUpError) else next(results)) for item in parsed])
 
     async def channels(self, request: web.Request) -> web.Response:
+        realm, grant = await self._enter(request)
+        grant.check_all("manage")
         after, limit = parse_page(request.rel_url.raw_query_string)
-        return _json(show_page(await self._broker.channels(after, limit + 1), limit))
+        return _json(show_page(await realm.node.broker.channels(after, limit + 1), limit))
 
     async def create(self, request: web.Request) -> web.Response:
+        realm, grant = await self._enter(request)
         name, options = parse_channel_options(await self._body(request))
-        return _json(show_info(await self._broker.create(name, options)), 201)
+        if name is None:
+            grant.check_all("manage")
+        else:
+            grant.check("manage", [name])
+        return _json(show_info(await realm.node.broker.create(name, options)), 201)
 
     async def renew(self, request: web.Request) -> web.Response:
+        realm, channel = await self._manage(request)
         ttl = parse_renewal(await self._body(request))
-        return _json(show_info(await self._broker.renew(_channel(request), ttl)))
+        return _json(show_info(await realm.node.broker.renew(channel, ttl)))
 
     async def close(self, request: web.Request) -> web.Response:
-        await self._broker.close(_channel(request))
+        realm, channel = await self._manage(request)
+        await realm.node.broker.close(channel)
         return web.Response(status=204)
 
     async def describe(self, request: web.Request) -> web.Response:
-        return _json(show_info(await self._broker.describe(_channel(request))))
+        realm, channel = await self._manage(request)
+        return _json(show_info(await realm.node.broker.describe(channel)))
 
     async def openapi(self, request: web.Request) -> web.Response:
         return web.Response(body=self._openapi, content_type="application/json")
+
+    def _realm(self, request: web.Request, token: str | None = None) -> Realm:
+        return self._service.find(request.match_info.get("realm", ""), request[SENDER], token)
+
+    async def _enter(self, request: web.Request) -> tuple[Realm, Grant]:
+        """The realm, and what the sender may do there."""
+        realm = self._realm(request)
+        return realm, await realm.meet(request[SENDER], None, time())
+
+    async def _manage(self, request: web.Request) -> tuple[Realm, str]:
+        """The realm and the channel in the path, if the sender may manage it."""
+        realm, grant = await self._enter(request)
+        # Not match_info, which leaves alone what it cannot decode.
+        channel = parse_segment(request.rel_url.raw_parts[4 if "realm" in request.match_info else 2])
+        grant.check("manage", [channel])
+        return realm, channel
+
+    def _forwarded(self, request: web.Request, sender: Sender) -> str | None:
+        """The client that a trusted proxy speaks for, if the connection does not count as that client's already."""
+        if sender.forwarded is None or self._service.settings.proxy_protocol:
+            return None
+        peer = request.transport.get_extra_info("peername") if request.transport is not None else None
+        return sender.forwarded if isinstance(peer, tuple) and peer[0] in self._service.proxies else None
 
     async def _body(self, request: web.Request) -> bytes:
         if request.headers.get("Content-Encoding", "identity").lower() != "identity":
             raise InvalidRequest("a request's body is sent as it is, without a Content-Encoding")
         try:
-            async with asyncio.timeout(self._settings.request_timeout):
+            async with asyncio.timeout(self._service.settings.request_timeout):
                 return await request.read()
         except TimeoutError:
-            raise InvalidRequest("the request's body did not come in time") from None
+            raise RequestTimeout("the request's body did not come in time") from None
 
 
-def _channel(request: web.Request) -> str:
-    # Not match_info, which leaves alone what it cannot decode.
-    return parse_segment(request.rel_url.raw_parts[2])
+def _checked(grant: Grant, item: Publication | PushUpError) -> Publication | PushUpError:
+    if not isinstance(item, PushUpError):
+        try:
+            grant.check("publish", item.channels)
+        except PushUpError as error:
+            return error
+    return item
 
 
 def _json(value: Any, status: int = 200) -> web.Response:

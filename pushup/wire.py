@@ -31,6 +31,7 @@ from pushup.messages import (
 from pushup.settings import Settings
 
 SECONDS_MAX: Final = 1_000_000_000
+TOKEN: Final = "token"
 NAME_SHOWN_MAX: Final = 100
 """Of an unknown parameter's name an error shows this many characters."""
 
@@ -114,6 +115,8 @@ def parse_poll_query(query: str, settings: Settings) -> Poll:
         if name in seen:
             raise InvalidParameter(name, f"{name} is given more than once")
         seen.add(name)
+        if name == TOKEN:
+            continue
         if name == "start":
             start = LATEST if value == "latest" else _parse_id("start", value)
         elif name == "timeout":
@@ -123,6 +126,17 @@ def parse_poll_query(query: str, settings: Settings) -> Poll:
         else:
             raise _unknown(name, "poll")
     return _poll("channel", channels, start, end, timeout, settings)
+
+
+def find_token(query: str) -> str | None:
+    """The token in a URL's raw query: `token=...`, for those who cannot set header fields. The first counts."""
+    if TOKEN not in query:
+        return None
+    for pair in query.split("&"):
+        name, equals, value = pair.partition("=")
+        if name == TOKEN and equals:
+            return unquote_to_bytes(value).decode("utf-8", "surrogateescape")
+    return None
 
 
 def parse_poll_body(body: bytes, settings: Settings) -> Poll:

@@ -1,7 +1,8 @@
 """Several node processes on one port, which the kernel deals new connections out to, and the process that minds them.
 
 Each worker is a node of its own, with its own line in the list of nodes and its own admin port: the one in the settings
-for the first, the next one for the second, and so on. A worker that dies is replaced; SIGTERM and SIGINT go to all.
+for the first, the next one for the second, and so on. A worker that dies is replaced; SIGTERM, SIGINT and SIGHUP go to
+all.
 """
 
 import logging
@@ -50,6 +51,7 @@ class Workers:
         """Start all, `announce` their admin addresses, mind them until a signal; the exit status."""
         for caught in (signal.SIGTERM, signal.SIGINT):
             signal.signal(caught, self._on_signal)
+        signal.signal(signal.SIGHUP, self._on_hangup)
         for number in range(self._settings.workers):
             self._start(number)
         try:
@@ -87,6 +89,9 @@ class Workers:
 
     def _on_signal(self, number: int, frame: object) -> None:
         self._signals.append(number)
+        self._pass_on(number)
+
+    def _on_hangup(self, number: int, frame: object) -> None:
         self._pass_on(number)
 
     def _pass_on(self, number: int, processes: Iterable[BaseProcess] | None = None) -> None:

@@ -51,6 +51,8 @@ class Pipe(asyncio.Transport):
         self._lost = False
         self.sent = b""
         """What the client was sent."""
+        self.limits: tuple[int | None, int | None] | None = None
+        """The write buffer's, high and low."""
         self.stalled = False
         """Whether what the server wrote never gets out, so that it cannot close in peace."""
         self.reading = True
@@ -145,6 +147,9 @@ class Pipe(asyncio.Transport):
         self.aborted = True
         asyncio.get_running_loop().call_soon(self._lose)
 
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        self.limits = high, low
+
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         self._protocol = protocol
 
@@ -159,6 +164,6 @@ def lane(server: Server) -> Pipe:
 
 def aiohttp(server: Server) -> Pipe:
     """A new connection that has no lane: aiohttp's parser sees all of it."""
-    protocol = server._borrow(None)
+    protocol = server._borrow(server._lanes(), True)
     assert isinstance(protocol, asyncio.Protocol)
     return Pipe(protocol)

@@ -1,0 +1,80 @@
+"""Who sends a request, as far as its header fields say: the same for both sides of a node."""
+
+from collections.abc import Iterable
+from typing import Final
+
+from pushup.clients import Networks, forwarded_for
+from pushup.origins import Origins
+
+_BEARER: Final = "bearer "
+_READ: Final = frozenset((b"authorization", b"cookie", b"host", b"origin", b"x-forwarded-for"))
+
+
+class Sender:
+    """What a request's header fields say of its sender."""
+
+    __slots__ = ("cookies", "cors", "cors_lines", "foreign", "forwarded", "key")
+
+    def __init__(
+        self,
+        key: str | None = None,
+        cookies: str = "",
+        forwarded: str | None = None,
+        *,
+        foreign: bool = False,
+        cors: dict[str, str] | None = None,
+    ) -> None:
+        self.key = key
+        """The key or token in `Authorization`; empty if there is something else in it."""
+        self.cookies = cookies
+        """Empty unless the page that sent them may use this node."""
+        self.forwarded = forwarded
+        """The client that a proxy speaks for. To be believed only of a trusted one."""
+        self.foreign = foreign
+        """Whether a page of an origin that is not allowed has sent it."""
+        self.cors = cors or {}
+        """Header fields that the answer needs."""
+        self.cors_lines = b"".join(b"%b: %b\r\n" % (name.encode(), value.encode()) for name, value in self.cors.items())
+
+    def cookie(self, name: str) -> str | None:
+        """The first cookie of that name. O(n)."""
+        for pair in self.cookies.split(";"):
+            found, equals, value = pair.strip().partition("=")
+            if equals and found == name:
+                return value
+        return None
+
+
+NOBODY: Final = Sender()
+"""Whoever says nothing."""
+
+
+def read_sender(headers: Iterable[tuple[bytes, bytes]], origins: Origins, proxies: Networks) -> Sender:
+    """From all header fields of a request, with names in lower case. O(n)."""
+    fields: dict[bytes, list[bytes]] = {}
+    for name, value in headers:
+        if name in _READ:
+            fields.setdefault(name, []).append(value)
+    if not fields.keys() - {b"host"}:
+        return NOBODY
+    key = None
+    authorization = fields.get(b"authorization")
+    if authorization is not None:
+        text = _text(authorization[0])
+        good = len(authorization) == 1 and text[: len(_BEARER)].lower() == _BEARER
+        key = text[len(_BEARER) :].strip() if good else ""
+    host = _text(fields.get(b"host", [b""])[0])
+    # A browser sends one. Of several none can be believed to be its.
+    origin = ",".join(map(_text, fields[b"origin"])) if b"origin" in fields else None
+    known = origin is None or origins.knows(origin, host)
+    return Sender(
+        key,
+        "; ".join(map(_text, fields.get(b"cookie", ()))) if known else "",
+        forwarded_for(fields[b"x-forwarded-for"], proxies) if b"x-forwarded-for" in fields else None,
+        foreign=origin is not None and not origins.allows(origin, host),
+        cors=origins.headers(origin),
+    )
+
+
+def _text(value: bytes) -> str:
+    return value.decode("utf-8", "surrogateescape")
