@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help run cluster test check format chaos bench build clean
+.PHONY: help run cluster test check format chaos fuzz bench build clean
 
 help:
 	@echo "make run     a node on http://127.0.0.1:8080 with the demo page (ARGS='--help' shows the settings)"
@@ -13,6 +13,7 @@ help:
 	@echo "make check   types, lint, format"
 	@echo "make format  put the code into its form"
 	@echo "make chaos   every fault against a real cluster, write tests/chaos/REPORT.md"
+	@echo "make fuzz    odd bytes to the lane until Ctrl-C (TARGET=parsers, ARGS='-max_total_time=60'); see tests/fuzz"
 	@echo "make bench   measure against Nchan, write loadtest/REPORT.md"
 	@echo "make build   the wheel, in dist/"
 
@@ -39,6 +40,13 @@ format: $(VENV)/.dev
 chaos: $(VENV)/.dev
 	tests/install-debian.sh haproxy redis-server
 	$(BIN)/python -m tests.chaos $(ARGS)
+
+TARGET ?= lane
+fuzz: $(VENV)/.dev
+	mkdir -p tests/fuzz/findings/$(TARGET)
+	@echo "Findings go to tests/fuzz/findings."
+	$(BIN)/python -m tests.fuzz $(TARGET) -max_len=2048 -artifact_prefix=tests/fuzz/findings/ $(ARGS) \
+		tests/fuzz/findings/$(TARGET) tests/fuzz/corpus/$(TARGET)
 
 bench: $(VENV)/.dev
 	tests/install-debian.sh nginx libnginx-mod-nchan
