@@ -2,11 +2,13 @@
 
 import argparse
 import asyncio
+import ctypes
 import gc
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -61,6 +63,7 @@ GROUPS: Final = {
         "head_bytes_max",
         "body_bytes_max",
         "write_buffer_bytes_max",
+        "unread_bytes_max",
         "request_timeout",
         "write_timeout",
         "keepalive_timeout",
@@ -80,6 +83,9 @@ Defaults are in brackets. Every setting can be given in three ways; the first of
 The file is named by --config or {ENV_PREFIX}CONFIG. `pushup config`, with the same flags, prints the settings in force
 and where each comes from. A wrong setting is named in a sentence, and the exit status is {EXIT_WRONG_SETTING}.
 """
+
+LARGE_BLOCK_BYTES: Final = 128 * 1024
+_M_MMAP_THRESHOLD: Final = -3
 
 HELP_COLUMN: Final = 36
 """Where the descriptions begin: beside the longest flag."""
@@ -200,8 +206,15 @@ def _run(settings: Settings, announce: Callable[[Server], None], *, shares_port:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
+    _keep_large_blocks_apart()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(serve(settings, announce, shares_port=shares_port))
+
+
+def _keep_large_blocks_apart() -> None:
+    """Have large buffers go back to the system when they are freed. Else glibc keeps them once it has seen a few."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
 
 
 def announce(server: Server) -> None:

@@ -9,9 +9,11 @@ A parked poll costs this object, its subscription and the transport: no task, no
 """
 
 import asyncio
+import struct
 from collections.abc import Callable
 from email.utils import formatdate
 from math import inf
+from socket import SO_LINGER, SOL_SOCKET
 from time import time
 from typing import Final, NamedTuple, Protocol, cast
 
@@ -33,6 +35,12 @@ POLL_BODY_BYTES_MAX: Final = 64 * 1024
 AHEAD_BYTES_MAX: Final = 64 * 1024
 """How much a client may send ahead of an answer before its connection is no longer read."""
 
+CUT_AT_ONCE: Final = 50
+"""Connections that are cut in one turn of the event loop."""
+
+LONG_ANSWER_BYTES: Final = 64 * 1024
+"""A longer answer is written as its parts, which all who get the same messages share."""
+
 # What a connection is doing.
 READING: Final = 0
 PARKED: Final = 1
@@ -49,6 +57,7 @@ HTTP10: Final = 2
 NO_BODY: Final = 4
 
 
+_NO_LINGER: Final = struct.pack("ii", 1, 0)
 _MEMORY_BYTES_MAX: Final = 16 * 1024 * 1024
 _SENDER_BYTES: Final = 400
 """About what a remembered sender takes beside the bytes."""
@@ -141,6 +150,10 @@ class Lanes:
         self.memory = Memory()
         self.open: set[Lane] = set()
         self.handed_over: dict[Lane, WebConnection] = {}
+        self._late: list[tuple[Lane | WebConnection, str]] = []
+        self._unread: dict[Lane | WebConnection, int] = {}
+        """What clients were sent and do not read, in bytes; who began it first comes first."""
+        self._unread_bytes = 0
         self.date = b""
         self.tick()
 
@@ -155,13 +168,36 @@ class Lanes:
         now = self.loop.time()
         idle, slow = now - settings.keepalive_timeout, now - settings.request_timeout
         unread = now - settings.write_timeout
-        cut = self.metrics.connections_cut
-        for lane, why in [(lane, why) for lane in self.open if (why := lane.lateness(idle, slow, unread))]:
-            cut[why] += 1
-            lane.abort()
-        for web in [web for web in self.handed_over.values() if web.is_late(unread)]:
-            cut["unread"] += 1
-            web.abort()
+        self._late += [(lane, why) for lane in self.open if (why := lane.lateness(idle, slow, unread))]
+        self._late += [(web, "unread") for web in self.handed_over.values() if web.is_late(unread)]
+        self._cut()
+
+    def _cut(self) -> None:
+        # In portions, as thousands that were late together would hold up all others.
+        for _ in range(min(len(self._late), CUT_AT_ONCE)):
+            connection, why = self._late.pop()
+            self.cut(connection, why)
+        if self._late:
+            self.loop.call_soon(self._cut)
+
+    def cut(self, connection: "Lane | WebConnection", why: str) -> None:
+        """Close a connection now, to make an end of what its client does."""
+        self.metrics.connections_cut[why] += 1
+        connection.abort()
+
+    def leaves_unread(self, connection: "Lane | WebConnection", size: int) -> None:
+        """The client does not read, and has `size` bytes to. If all have too many, who has not read longest is cut."""
+        self.has_read(connection)
+        self._unread[connection] = size
+        self._unread_bytes += size
+        while self._unread_bytes > self.settings.unread_bytes_max:
+            longest = next(iter(self._unread))
+            self.has_read(longest)
+            self.cut(longest, "unread")
+
+    def has_read(self, connection: "Lane | WebConnection") -> None:
+        """The client reads again, or is gone."""
+        self._unread_bytes -= self._unread.pop(connection, 0)
 
     def close_idle(self) -> None:
         """Close the connections that are between requests."""
@@ -170,23 +206,33 @@ class Lanes:
 
     def render(self, status: bytes, content_type: bytes, body: bytes, how: int, extra: bytes = b"") -> bytes:
         """A whole response."""
+        return self.render_head(status, content_type, len(body), how, extra) + (b"" if how & NO_BODY else body)
+
+    def render_head(self, status: bytes, content_type: bytes, length: int, how: int, extra: bytes = b"") -> bytes:
+        """A response up to its body, which has `length` bytes."""
         if how & KEEP_ALIVE:
             connection = b"Connection: keep-alive\r\n" if how & HTTP10 else b""
         else:
             connection = b"" if how & HTTP10 else b"Connection: close\r\n"
         return (
-            b"HTTP/1.%d %b\r\nContent-Type: %b\r\nCache-Control: no-store\r\n%b"
-            b"Content-Length: %d\r\nDate: %b\r\n%b\r\n%b"
+            b"HTTP/1.%d %b\r\nContent-Type: %b\r\nCache-Control: no-store\r\n%bContent-Length: %d\r\nDate: %b\r\n%b\r\n"
         ) % (
             0 if how & HTTP10 else 1,
             status,
             content_type,
             extra,
-            len(body),
+            length,
             self.date,
             connection,
-            b"" if how & NO_BODY else body,
         )
+
+
+def abort(transport: asyncio.Transport) -> None:
+    """Close a connection now, and have the kernel forget what the client did not read."""
+    socket = transport.get_extra_info("socket")
+    if socket is not None:
+        socket.setsockopt(SOL_SOCKET, SO_LINGER, _NO_LINGER)
+    transport.abort()
 
 
 class Lane(asyncio.Protocol):
@@ -239,10 +285,12 @@ class Lane(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         lanes = self._lanes
-        self._since = lanes.loop.time()
+        # A new connection has as long to begin its first request as to send it, not as long as one that proved good.
+        settings = lanes.settings
+        self._since = lanes.loop.time() - max(settings.keepalive_timeout - settings.request_timeout, 0)
         lanes.metrics.connections_opened += 1
         lanes.open.add(self)
-        high = lanes.settings.write_buffer_bytes_max
+        high = settings.write_buffer_bytes_max
         self._transport.set_write_buffer_limits(high=high, low=high // 4)
         peer = transport.get_extra_info("peername")
         host = peer[0] if isinstance(peer, tuple) else ""
@@ -250,12 +298,15 @@ class Lane(asyncio.Protocol):
             return  # A Unix socket.
         if host not in lanes.service.proxies:
             self._enter(host)
-        elif lanes.settings.proxy_protocol:
+        elif settings.proxy_protocol:
             self._state = GREETING
+            self._since = lanes.loop.time()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._state = CLOSED
         self._lanes.open.discard(self)
+        if self._stuck:
+            self._lanes.has_read(self)
         self.forget_client()
         if self._subscription is not None:
             self._node.leave(self._subscription)
@@ -298,9 +349,11 @@ class Lane(asyncio.Protocol):
         self._since = self._lanes.loop.time()
         if self._web is not None:
             self._web.pause_writing()
+        self._lanes.leaves_unread(self, self._transport.get_write_buffer_size())
 
     def resume_writing(self) -> None:
         self._stuck = False
+        self._lanes.has_read(self)
         if self._web is not None:
             self._web.resume_writing()
         self._read_on()
@@ -335,7 +388,7 @@ class Lane(asyncio.Protocol):
     def abort(self) -> None:
         """Close now."""
         self._state = CLOSED
-        self._transport.abort()
+        abort(self._transport)
 
     def forget_client(self) -> None:
         """The connection is closed, whoever has it."""
@@ -445,10 +498,10 @@ class Lane(asyncio.Protocol):
         clients = self._lanes.service.clients
         self._client = clients.enter(host)
         if clients.is_flooding(self._client):
-            self._lanes.metrics.connections_cut["flood"] += 1
-            self.abort()
+            self._lanes.cut(self, "flood")
         elif clients.is_over(self._client):
             self._state = REFUSED
+            self._since = self._lanes.loop.time()
 
     def _greet(self, data: bytes) -> None:
         """A proxy's first words."""
@@ -566,11 +619,16 @@ class Lane(asyncio.Protocol):
         extra = self._sender.cors_lines
         form = (how, extra) if extra else how
         response = answer.rendered.get(form)
-        if response is None:
-            response = answer.rendered[form] = lanes.render(b"200 OK", b"application/json", answer.body, how, extra)
         self._state = READING
         self._since = lanes.loop.time()
-        self._transport.write(response)
+        if response is not None:
+            self._transport.write(response)
+        elif (size := sum(map(len, answer.parts))) < LONG_ANSWER_BYTES:
+            response = answer.rendered[form] = lanes.render(b"200 OK", b"application/json", answer.body, how, extra)
+            self._transport.write(response)
+        else:
+            head = lanes.render_head(b"200 OK", b"application/json", size, how, extra)
+            self._transport.writelines([head] if how & NO_BODY else [head, *answer.parts])
         if not how & KEEP_ALIVE:
             self.close()
 

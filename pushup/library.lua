@@ -525,9 +525,9 @@ local function put(key, seen, once, data, names)
     end
     weigh(realm, channel, #data)
     -- An eighth more than the window, so that old messages go many at once, and their keys are not put off to expire
-    -- with every one, but whenever another eighth begins.
+    -- with every one, but whenever another eighth begins. (Ids that are ahead of the clock do not tell.)
     local eighth = math.max(1, math.floor(channel.window / 8))
-    if count == 1 or math.floor(channel.tail / eighth) < math.floor(id / eighth) then
+    if count == 1 or id > now or math.floor(channel.tail / eighth) < math.floor(id / eighth) then
       local kept = text(math.ceil((channel.window + eighth) / 1000) + 1000)
       redis.call('PEXPIRE', messages, kept)
       redis.call('PEXPIRE', sizes, kept)

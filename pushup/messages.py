@@ -138,7 +138,7 @@ class Answer:
     `reason` is why the poll ended: message, timeout, gap, closed or drain.
     """
 
-    __slots__ = ("_body", "closed", "gap", "messages", "next", "reason", "rendered")
+    __slots__ = ("_body", "_parts", "closed", "gap", "messages", "next", "reason", "rendered")
 
     def __init__(
         self,
@@ -155,6 +155,7 @@ class Answer:
         self.gap = gap
         self.closed = closed
         self._body: bytes | None = None
+        self._parts: list[bytes] = []
         self.rendered: dict[Any, bytes] = {}
         """A transport's own copies of the whole response, by its own key."""
 
@@ -162,16 +163,26 @@ class Answer:
     def body(self) -> bytes:
         """The answer as JSON text."""
         if self._body is None:
+            self._body = b"".join(self.parts)
+        return self._body
+
+    @property
+    def parts(self) -> Sequence[bytes]:
+        """The same in parts, of which those of messages are shared by all answers that hold them."""
+        if not self._parts:
             closed = b""
             if self.closed is not None:
                 closed = b',"closed":' + msgspec.json.encode([show_channel(self.closed)])
-            self._body = b'{"messages":[%b],"next":%d,"gap":%b%b}' % (
-                b",".join([text for _, text in self.messages]),
-                self.next,
-                b"true" if self.gap else b"false",
-                closed,
-            )
-        return self._body
+            parts = [b'{"messages":[']
+            for _, text in self.messages:
+                parts += (text, b",")
+            end = b'],"next":%d,"gap":%b%b}' % (self.next, b"true" if self.gap else b"false", closed)
+            if self.messages:
+                parts[-1] = end
+            else:
+                parts.append(end)
+            self._parts = parts
+        return self._parts
 
 
 class Publication(msgspec.Struct, frozen=True):

@@ -126,6 +126,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     write_buffer_bytes_max: Annotated[
         Bytes, Meta(description="a client with more than this to read is not answered on")
     ] = 64 * 1024
+    unread_bytes_max: Annotated[Bytes, Meta(description="most bytes that all clients together leave unread")] = (
+        256 * 1024 * 1024
+    )
     keepalive_timeout: Annotated[PositiveSeconds, Meta(description="idle connections are closed after this")] = 75.0
     broker_timeout: Annotated[PositiveSeconds, Meta(description="how long to wait for the broker")] = 5.0
     drain_window: Annotated[Seconds, Meta(description="on SIGTERM, parked polls are answered over this time")] = 10.0

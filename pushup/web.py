@@ -17,7 +17,7 @@ from aiohttp import HttpVersion10, HttpVersion11, StreamReader, web
 
 from pushup.access import Grant
 from pushup.errors import InvalidRequest, OriginNotAllowed, PushUpError, RequestTimeout, TokenExpired
-from pushup.lane import Lane, Lanes
+from pushup.lane import Lane, Lanes, abort
 from pushup.messages import Answer, Poll, Publication
 from pushup.problems import problem_response, translate
 from pushup.realm import Realm
@@ -47,6 +47,10 @@ _FOREVER_S: Final = 1e8
 _FAILED: Final = "something went wrong here; the log says what"
 _NO_HTTP: Final = "the request is not well-formed HTTP"
 
+_LINGERING_S: Final = 2.0
+"""How long the rest of a body is read that nobody wanted, so that the client sees its answer."""
+
+_VERSIONS: Final = (HttpVersion10, HttpVersion11)
 _SAFE: Final = frozenset(("GET", "HEAD", "OPTIONS"))
 
 SENDER: Final = "pushup.sender"
@@ -68,6 +72,7 @@ class WebConnection(web.RequestHandler):
             keepalive_timeout=settings.keepalive_timeout if for_good else _FOREVER_S,
             max_line_size=settings.head_bytes_max,
             max_field_size=settings.head_bytes_max,
+            lingering_time=_LINGERING_S,
             tcp_keepalive=False,
             access_log=None,  # type: ignore[arg-type]
             auto_decompress=False,
@@ -96,6 +101,7 @@ class WebConnection(web.RequestHandler):
         super().connection_lost(exc)
         if self._owned is not None:
             self._lanes.handed_over.pop(self._owned, None)
+            self._lanes.has_read(self)
             self._owned.forget_client()
             self._owned = None
 
@@ -104,15 +110,24 @@ class WebConnection(web.RequestHandler):
 
     def abort(self) -> None:
         if self.transport is not None:
-            self.transport.abort()
+            abort(self.transport)
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._stuck_since = self._lanes.loop.time()
+        if self._owned is not None and self.transport is not None:
+            self._stuck_since = self._lanes.loop.time()
+            self._lanes.leaves_unread(self, self.transport.get_write_buffer_size())
 
     def resume_writing(self) -> None:
         super().resume_writing()
         self._stuck_since = None
+        if self._owned is not None:
+            self._lanes.has_read(self)
+
+    def log_exception(self, *args: Any, **kwargs: Any) -> None:
+        # A body that turned out malformed after its request was answered is nothing that an operator has to know.
+        if not isinstance(kwargs.get("exc_info"), web.RequestPayloadError):
+            super().log_exception(*args, **kwargs)
 
     def resume_reading(self, *args: Any, **kwargs: Any) -> None:
         super().resume_reading(*args, **kwargs)
@@ -137,6 +152,8 @@ class WebConnection(web.RequestHandler):
             self._metrics.count_refused(error)
             resp = problem_response(error)
             resp.force_close()
+        if request.version not in _VERSIONS:
+            request._version = HttpVersion11  # Which the answer's first line repeats.
         self._metrics.requests_web += 1
         resp, reset = await super().finish_response(request, resp, start_time)
         if self._lane is not None:
@@ -198,7 +215,7 @@ def make_app(service: Service) -> web.Application:
     @web.middleware
     async def check_origin(request: web.Request, handler: Handler) -> web.StreamResponse:
         """What a page of another origin may do here: what the settings say."""
-        if request.version not in (HttpVersion10, HttpVersion11):
+        if request.version not in _VERSIONS:
             raise InvalidRequest("HTTP is spoken here in the versions 1.0 and 1.1")
         sender = request[SENDER] = service.sender([(name.lower(), value) for name, value in request.raw_headers])
         origin = request.headers.get("Origin")

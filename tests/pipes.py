@@ -53,6 +53,8 @@ class Pipe(asyncio.Transport):
         """What the client was sent."""
         self.limits: tuple[int | None, int | None] | None = None
         """The write buffer's, high and low."""
+        self.waiting = 0
+        """Bytes in the write buffer."""
         self.stalled = False
         """Whether what the server wrote never gets out, so that it cannot close in peace."""
         self.reading = True
@@ -149,6 +151,9 @@ class Pipe(asyncio.Transport):
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
         self.limits = high, low
+
+    def get_write_buffer_size(self) -> int:
+        return self.waiting
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         self._protocol = protocol

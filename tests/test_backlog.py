@@ -71,6 +71,20 @@ def test_trimming_everything_keeps_the_tail() -> None:
     assert (len(messages), messages.first, messages.tail, messages.floor) == (0, None, 20, 21)
 
 
+def test_the_size_of_the_data_is_known() -> None:
+    """Whatever comes and goes; and what trimming to a count would free."""
+    messages = Backlog(1, messages=[message(5)])
+    for id in (10, 100, 1000):
+        messages.append(message(id))
+    pushed_out = [messages.pushed_out(count) for count in (4, 3, 1, 0)]
+    messages.trim(2, before=0)
+
+    assert pushed_out == [0, 1, 6, 10]
+    assert messages.bytes == 7
+    messages.trim(2, before=2000)
+    assert messages.bytes == messages.pushed_out(0) == 0
+
+
 @pytest.mark.parametrize(("start", "gap"), [(0, False), (1, True), (4, True), (5, False), (6, False)])
 def test_gap_is_told_below_the_floor_only(start: int, gap: bool) -> None:
     """A start below the floor may have missed something; 0 asks for what is cached and misses nothing."""

@@ -13,7 +13,7 @@ from cluster import Cluster
 from cluster.state import Kind
 from pushup.address import Address
 from pushup.broker import Broker
-from pushup.errors import ChannelExists, ChannelNotFound, KeyReused
+from pushup.errors import ChannelExists, ChannelNotFound, KeyReused, RealmFull
 from pushup.memory import MemoryBroker
 from pushup.messages import ChannelOptions, History, Message, NodeInfo, Publication, Receipt, Retention
 from pushup.redis_broker import RedisBroker
@@ -292,6 +292,54 @@ async def test_a_publication_is_stored_everywhere_or_nowhere(broker: Make) -> No
 
         assert isinstance(result, ChannelNotFound)
         assert list((await watch(store, "a")).messages) == []
+
+
+async def test_a_full_realm_takes_nothing_more(broker: Make) -> None:
+    """A publication that does not fit is refused alone: it is not stored, not heard, and nobody is told a gap."""
+    async with broker(realm_bytes=10) as (store, recorder):
+        await store.watch({"a": 0, "b": 0})
+        first = await publish(store, "a", "b", data=b"1234")
+        big, small, none = await store.publish(
+            [publication("a", data=b"123"), publication("a", data=b"12"), publication("c")]
+        )
+        assert isinstance(small, Receipt)
+        await caught_up(store, small.id)
+        history = await watch(store, "a")
+
+        assert isinstance(big, RealmFull)
+        assert isinstance(none, RealmFull)
+        assert 1 <= big.members["retry_after"] <= 60
+        assert big.detail == "8 bytes of data are cached in the realm; the limit is 10"
+        assert recorder.heard == [("a", first, 0), ("b", first, 0), ("a", small.id, first)]
+        assert [m.id for m in history.messages] == [first, small.id]
+        assert history.floor <= first
+        assert [info.channel for info in await store.channels("", 10)] == ["a", "b"]
+
+
+async def test_a_full_realm_knows_what_it_has(broker: Make) -> None:
+    """Who repeats a publication that is stored gets its id."""
+    async with broker(realm_bytes=4) as (store, _):
+        first = await publish(store, "a", data=b"1234", key="k")
+        again, other = await store.publish([publication("a", data=b"1234", key="k"), publication("a", key="l")])
+
+        assert again == Receipt(first, duplicate=True)
+        assert isinstance(other, RealmFull)
+
+
+async def test_a_full_realm_has_room_again(broker: Make) -> None:
+    """When a channel is closed, when a message pushes out an older one, and when messages are too old."""
+    async with broker(realm_bytes=4, max_messages=2) as (store, _):
+        await store.create("short", ChannelOptions(window=0.0))
+        await publish(store, "a", data=b"12")
+        await publish(store, "a", data=b"34")
+        pushing = await store.publish([publication("a", data=b"567"), publication("a", data=b"56")])
+        refused = await store.publish([publication("b")])
+        await store.close("a")
+        await publish(store, "short", data=b"1234")
+        later = await publish(store, "b", data=b"1234")
+
+        assert [type(result) for result in [*pushing, *refused]] == [RealmFull, Receipt, RealmFull]
+        assert [m.id for m in (await watch(store, "b")).messages] == [later]
 
 
 async def test_create_hands_out_integers_never_used_before(broker: Make) -> None:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pushup.head import HEAD_BYTES_MAX, HEADERS_MAX, Way, is_malformed, parse_head
+from pushup.head import HEADERS_MAX, Way, is_malformed, parse_head
 
 HOST = b"Host: test\r\n"
 

@@ -161,7 +161,7 @@ async def test_pipelined_polls_and_publications_take_effect_in_order() -> None:
         seen = [[message["data"] for message in responses[n].json["messages"]] for n in (0, 2, 5)]
         assert seen == [[], [1], [1, 2, 3]]
         assert (server.metrics.requests_lane, server.metrics.requests_web) == (3, 3)
-        assert server.metrics.publications == 3
+        assert server.node.metrics.publications == 3
 
 
 async def test_a_poll_waits_for_the_one_before_it() -> None:
@@ -235,7 +235,7 @@ async def test_a_request_may_be_split_at_any_byte(name: str) -> None:
             client.hang_up()
 
         served = len(data) - 1
-        assert server.metrics.publications == (served if name == "POST /publish" else 0)
+        assert server.node.metrics.publications == (served if name == "POST /publish" else 0)
         assert server.metrics.connections_opened == served
 
 
@@ -474,7 +474,7 @@ async def test_a_vanished_client_frees_its_poll_at_once(request_: bytes, status:
         await client.settle()
 
         assert server.node.parked == 0
-        assert server.metrics.answers["gone"] == 1
+        assert server.node.metrics.answers["gone"] == 1
         assert not server._lanes.open
         assert not web_connections(server)
 
@@ -519,7 +519,7 @@ async def test_a_client_that_vanishes_within_a_request_leaves_nothing(request_: 
 
         assert not server._lanes.open
         assert not web_connections(server)
-        assert server.node.parked == server.metrics.publications == 0
+        assert server.node.parked == server.node.metrics.publications == 0
 
 
 async def test_a_client_that_vanishes_while_it_publishes_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1105,7 +1105,7 @@ async def test_while_draining_every_answer_is_the_last(request_: bytes, status: 
     """A server that is going away still answers, and tells each client to connect elsewhere."""
     async with running() as server:
         client = pipes.lane(server)
-        server._lanes.closing = True
+        server.service.closing = True
         server.node.draining = True
 
         response = (await client.receive(request_ + get("/poll?channel=a&timeout=0")))[-1]
@@ -1188,7 +1188,7 @@ async def test_the_broker_is_asked_once_for_polls_that_come_together() -> None:
         await clients[0].settle()
 
         assert server.node.parked == 50
-        assert server.metrics.broker_reads == 1
+        assert server.node.metrics.broker_reads == 1
 
 
 async def test_every_way_to_end_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -291,9 +291,80 @@ SMUGGLING = {
     "after HTTP/1.0": get(b"/poll?channel=a&timeout=0", version=b"1.0") + HIDDEN,
     "after HTTP/0.9": b"GET /poll?channel=a&timeout=0\r\n" + HIDDEN,
     "after a refused upgrade": get(b"/nothing", b"Upgrade: websocket", b"Connection: Upgrade") + POLL,
+    "TE, tab": post(b"/poll", b"0\r\n\r\n" + HIDDEN, b"Transfer-Encoding:\tchunked"),
+    "TE, blank behind": post(b"/poll", b"0\r\n\r\n" + HIDDEN, b"Transfer-Encoding: chunked "),
+    "TE, NUL before": post(b"/poll", b"0\r\n\r\n" + HIDDEN, b"Transfer-Encoding: \x00chunked"),
+    "TE, parameter": get(b"/poll", b"Transfer-Encoding: chunked;q=1", method=b"POST") + b"0\r\n\r\n" + HIDDEN,
+    "TE, empty": post(b"/poll", b"0\r\n\r\n" + HIDDEN, b"Transfer-Encoding:"),
+    "TE, comma": get(b"/poll", b"Transfer-Encoding: ,chunked", method=b"POST") + b"0\r\n\r\n" + POLL,
+    "TE, identity first": post(b"/poll", b"0\r\n\r\n" + HIDDEN, b"Transfer-Encoding: identity, chunked"),
+    "TE, gzip first": get(b"/poll", b"Transfer-Encoding: gzip, chunked", method=b"POST") + b"0\r\n\r\n" + POLL,
+    "TE, twice": get(b"/poll", b"Transfer-Encoding: chunked, chunked", method=b"POST") + b"0\r\n\r\n" + HIDDEN,
+    "TE.TE, equal": post(b"/poll", b"0\r\n\r\n" + HIDDEN, *[b"Transfer-Encoding: chunked"] * 2),
+    "TE.TE, unknown first": post(
+        b"/poll", b"0\r\n\r\n" + HIDDEN, b"Transfer-Encoding: x", b"Transfer-Encoding: chunked"
+    ),
+    "TE.TE, a blank name": post(b"/poll", b"0\r\n\r\n" + HIDDEN, b" Transfer-Encoding: chunked"),
+    "TE.CL, the length first": get(b"/poll", b"Content-Length: 4", b"Transfer-Encoding: chunked", method=b"POST")
+    + b"%x\r\n%b\r\n0\r\n\r\n" % (len(HIDDEN), HIDDEN),
+    "TE in HTTP/1.0, kept alive": get(
+        b"/poll", b"Transfer-Encoding: chunked", b"Connection: keep-alive", method=b"POST", version=b"1.0"
+    )
+    + b"0\r\n\r\n"
+    + HIDDEN,
+    "TE and CL in HTTP/1.0": post(b"/poll", b"0\r\n\r\n" + HIDDEN, b"Transfer-Encoding: chunked", version=b"1.0"),
+    "TE is named in Connection": post(
+        b"/poll", b"0\r\n\r\n" + HIDDEN, b"Transfer-Encoding: chunked", b"Connection: Transfer-Encoding"
+    ),
+    "CL is named in Connection": post(b"/poll", HIDDEN, b"Connection: Content-Length"),
+    "CL.CL, the longer first": get(b"/poll", b"Content-Length: %d" % len(HIDDEN), b"Content-Length: 0", method=b"POST")
+    + HIDDEN,
+    "CL, blanks around and inside": get(b"/poll", b"Content-Length:  5 5", method=b"POST") + HIDDEN,
+    "CL, underscore in the name": get(b"/poll", b"Content_Length: %d" % len(HIDDEN), method=b"POST") + POLL,
+    "CL, letters": get(b"/poll", b"Content-Length: %dabc" % len(HIDDEN), method=b"POST") + HIDDEN,
+    "CL, point": get(b"/poll", b"Content-Length: %d.0" % len(HIDDEN), method=b"POST") + HIDDEN,
+    "CL, list of equals": get(b"/poll", b"Content-Length: %d, %d" % (len(HIDDEN), len(HIDDEN)), method=b"POST")
+    + HIDDEN,
+    "CL, NUL": get(b"/poll", b"Content-Length: %d\x00" % len(HIDDEN), method=b"POST") + HIDDEN,
+    "CL, bare CR behind": get(b"/poll", b"Content-Length: 0\rX: y", method=b"POST") + HIDDEN,
+    "all lines end with CR": POLL.replace(b"\r\n", b"\r") + HIDDEN,
+    "all lines end with LF": post(b"/poll", HIDDEN).replace(b"\r\n", b"\n"),
+    "a chunk extension that is long": chunked(b"/publish", end=b"0;" + b"x" * 3000 + b"\r\n\r\n") + POLL,
+    "a chunk extension in quotes": chunked(b"/publish", end=b'0;a="b;c"\r\n\r\n') + POLL,
+    "a chunk extension in quotes that go on": chunked(b"/publish", end=b'0;a="\r\n\r\n"') + HIDDEN,
+    "a chunk size with zeros": chunked(b"/publish", end=b"00000000000000001b\r\n" + DATA + b"\r\n000\r\n\r\n") + POLL,
+    "a chunk size of 2**64": chunked(b"/publish", end=b"10000000000000000\r\n\r\n" + HIDDEN),
+    "a chunk size of 2**64 and a bit": chunked(b"/publish", end=b"1000000000000001b\r\n" + DATA + b"\r\n0\r\n\r\n"),
+    "a chunk size of 2**63": chunked(b"/publish", end=b"8000000000000000\r\n\r\n" + HIDDEN),
+    "a chunk size with garbage": chunked(b"/publish", end=b"0xyz\r\n\r\n" + HIDDEN),
+    "a chunk size with a minus": chunked(b"/publish", end=b"-1\r\n\r\n" + HIDDEN),
+    "a chunk size with an underscore": chunked(b"/publish", end=b"1_0\r\n\r\n" + HIDDEN),
+    "a chunk size that is missing": chunked(b"/publish", end=b"\r\n\r\n" + HIDDEN),
+    "a chunk with a long end": chunked(b"/publish", end=b"1b\r\n" + DATA + b"XX0\r\n\r\n" + HIDDEN),
+    "a chunk that ends with LF": chunked(b"/publish", end=b"1b\r\n" + DATA + b"\n0\r\n\r\n" + HIDDEN),
+    "a chunk that ends with CR": chunked(b"/publish", end=b"1b\r\n" + DATA + b"\r0\r\n\r\n" + HIDDEN),
+    "chunks that end with CR": chunked(b"/publish", end=b"0\r\r" + HIDDEN),
+    "trailers that are folded": chunked(b"/publish", end=b"0\r\nX: y\r\n z\r\n\r\n") + POLL,
+    "trailers that carry TE": chunked(b"/publish", end=b"0\r\nTransfer-Encoding: chunked\r\n\r\n") + POLL,
+    "trailers without an end": chunked(b"/publish", end=b"0\r\n" + HIDDEN),
+    "a body on an absolute-form": post(b"http://other/publish", HIDDEN),
+    "a chunked body on a GET": get(b"/poll?channel=a&timeout=0", b"Transfer-Encoding: chunked")
+    + b"%x\r\n%b\r\n0\r\n\r\n" % (len(HIDDEN), HIDDEN),
+    "a chunked body that is expected": chunked(b"/nothing", HIDDEN, headers=[b"Expect: 100-continue"]),
+    "a chunked body of an upgrade": chunked(b"/publish", HIDDEN, headers=[b"Upgrade: h2c", b"Connection: Upgrade"]),
+    "an upgrade to HTTP/2 with settings": post(
+        b"/poll",
+        HIDDEN,
+        b"Upgrade: h2c",
+        b"HTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA",
+        b"Connection: Upgrade, HTTP2-Settings",
+    ),
+    "a body of a CONNECT": post(b"/poll", HIDDEN, method=b"CONNECT"),
+    "a body of a TRACE": post(b"/poll", HIDDEN, method=b"TRACE"),
 }
-EXECUTED = {"a head in two"}
-"""Of these the hidden part is a request in its own right, or so both sides see it."""
+EXECUTED = {"a head in two", "TE in HTTP/1.0, kept alive", "a body of a CONNECT"}
+"""Of these the hidden part is a request in its own right, or so both sides see it: behind the last chunk, and behind the
+head of a CONNECT, which has no content (RFC 9110, 9.3.6)."""
 
 CASES = {**ORDINARY, **TARGETS, **LIMITS, **MALFORMED, **SMUGGLING}
 
@@ -319,6 +390,7 @@ DIFFERENCES = {
     "Upgrade to HTTP/2": LOST,
     "Upgrade of a publication to HTTP/2": LOST,
     "a body of an upgrade": LOST,
+    "an upgrade to HTTP/2 with settings": LOST,
 }
 """The cases in which the lane does better than aiohttp in one segment, with the reason. Byte by byte there are none."""
 

@@ -24,6 +24,7 @@ from pushup.errors import (
     InvalidRequest,
     KeyReused,
     PushUpError,
+    RealmFull,
     TooLarge,
     Unavailable,
 )
@@ -69,10 +70,10 @@ HOUR = 3600 * SECOND
 # The words of the two records that tests change by hand, in the order of library.lua.
 REALM = (
     *("run", "kept", "birth", "since", "floor", "unknown", "channels", "closed", "ttl", "window", "max_messages"),
-    *("idempotency", "implicit", "message_bytes", "publish_channels"),
+    *("idempotency", "implicit", "message_bytes", "publish_channels", "realm_bytes"),
 )
 KEY_SENTENCE = re.escape("INVALID the key is pushup:{REALM}")
-FACTS = ("tail", "floor", "first", "ttl", "window", "max_messages", "created", "expires")
+FACTS = ("tail", "floor", "first", "ttl", "window", "max_messages", "created", "expires", "bytes")
 
 NASTY_NAMES = (
     *("}", "{other}", "}{other}", "a}:m:b", ":names", "names", "m:a", "c:a", "realm", "last", ":", "::", "*", "a b"),
@@ -180,6 +181,21 @@ class Realm:
         """What it knows of a channel."""
         return dict(zip(FACTS, self._field(f"c:{name}"), strict=True))
 
+    def bytes(self) -> int:
+        """What it counts as cached, checked against what is there and against the channels' own counts."""
+        counted = int(self._field("bytes")[0])
+        facts = [name[2:].decode() for name in self._fields() if name.startswith(b"c:")]
+        assert counted == sum(int(self.facts(name)["bytes"]) for name in facts)
+        stored: list[Any] = [text for name in facts for text in self.client.zrange(f"{self.key}:m:{name}", 0, -1)]
+        assert counted == sum(len(parse_message(text).data) for text in stored)
+        return counted
+
+    def keys(self) -> set[Any]:
+        return set(self.client.keys(f"{self.key}*"))
+
+    def _fields(self) -> list[Any]:
+        return list(self.client.hkeys(self.key))
+
     def write(self, **changes: object) -> None:
         """Change the realm's record by hand."""
         self.client.hset(self.key, "realm", " ".join(map(str, (self.record() | changes).values())))
@@ -194,7 +210,11 @@ class Realm:
         self.client.zrem(messages, text)
         older = id - microseconds
         self.client.zadd(messages, {text.replace(str(id).encode(), str(older).encode()): older})
+        sizes = f"{self.key}:s:{name}"
+        entry: Any = self.client.lindex(sizes, 0)
+        self.client.lset(sizes, 0, entry.replace(str(id).encode(), str(older).encode()))
         self.write_facts(name, first=older, floor=0)
+        self.client.zadd(f"{self.key}:stale", {name: older + int(self.facts(name)["window"]) + 1})
         self.write(floor=0)
         return older
 
@@ -302,7 +322,7 @@ def test_a_caller_from_far_in_the_future_is_refused(realm: Realm, function: str)
         "list": ("", 10),
         "read": ("me", "token", "a", 0),
         "tick": ("me", "token", "{}"),
-        "attach": ("", 0, 1, 1, 1, 1, 1, 1, 1, 1),
+        "attach": ("", 0, 1, 1, 1, 1, 1, 1, 1, 1, 1),
     }
     realm.publish("a")
     before = realm.client.hgetall(realm.key)
@@ -660,24 +680,46 @@ def test_a_window_of_nothing_keeps_nothing(realm: Realm) -> None:
 
 
 def test_redis_drops_messages_by_itself_after_the_window(realm: Realm) -> None:
-    """A channel nobody publishes to any more takes no memory for messages."""
+    """A channel nobody publishes to any more takes no memory for messages, an eighth of the window later."""
     realm.attach(window=100.0)
     realm.publish("a")
 
-    left = int(realm.client.pttl(f"{realm.key}:m:a"))
+    for kind in "ms":
+        left = int(realm.client.pttl(f"{realm.key}:{kind}:a"))
+        assert 112_500 - PATIENCE_S * 1000 < left <= 113_500
 
-    assert 100_000 - PATIENCE_S * 1000 < left <= 101_000
+
+def test_redis_keeps_messages_for_their_window(realm: Realm) -> None:
+    """Publishing puts off the end of the keys, not with every message but before any is in danger."""
+    realm.attach(window=100.0)
+    last = realm.publish("a")
+    for kind in "ms":
+        realm.client.pexpire(f"{realm.key}:{kind}:a", 20_000)
+    realm.write_facts("a", tail=last - 13 * SECOND)
+    realm.publish("a")
+
+    for kind in "ms":
+        assert int(realm.client.pttl(f"{realm.key}:{kind}:a")) > 100_000
+        realm.client.pexpire(f"{realm.key}:{kind}:a", 20_000)
+    realm.client.hset(realm.key, "last", realm.publish("a") + HOUR)
+    realm.publish("a")
+    for kind in "ms":
+        realm.client.pexpire(f"{realm.key}:{kind}:a", 20_000)
+    realm.publish("a")
+
+    for kind in "ms":
+        assert int(realm.client.pttl(f"{realm.key}:{kind}:a")) > 100_000
 
 
-@pytest.mark.parametrize("loss", ["evicted", "expired"])
+@pytest.mark.parametrize("loss", ["ms", "m", "s", "expired"])
 def test_lost_messages_are_below_the_floor(realm: Realm, loss: str) -> None:
-    """Also if the next thing that happens is a publication."""
-    messages = f"{realm.key}:m:a"
+    """Also if the next thing that happens is a publication, and whether messages, their sizes or both were lost."""
     for name in ("a", "b"):
         realm.publish(name)
         last = realm.publish(name)
-        messages = f"{realm.key}:m:{name}"
-        assert realm.client.delete(messages) if loss == "evicted" else realm.client.pexpireat(messages, 1)
+        for kind in "ms" if loss == "expired" else loss:
+            key = f"{realm.key}:{kind}:{name}"
+            assert realm.client.pexpireat(key, 1) if loss == "expired" else realm.client.delete(key)
         if name == "a":
             history = realm.read(name)
             assert (ids(history), history.tail, history.floor) == ([], last, last + 1)
@@ -685,6 +727,7 @@ def test_lost_messages_are_below_the_floor(realm: Realm, loss: str) -> None:
         history = realm.read(name)
 
         assert (ids(history), history.tail, history.floor) == ([new], new, last + 1)
+    assert realm.bytes() == 2
 
 
 def test_a_lost_channel_is_described_as_it_is(realm: Realm) -> None:
@@ -697,16 +740,16 @@ def test_a_lost_channel_is_described_as_it_is(realm: Realm) -> None:
     assert (info.messages, info.first, info.last) == (0, None, None)
 
 
-def test_older_messages_that_vanished_are_below_the_floor(realm: Realm) -> None:
-    """The oldest one kept may have changed without our doing; what was before it is not vouched for."""
-    first, second, third = (realm.publish("a") for _ in range(3))
-    assert first < second
+def test_a_channel_that_lost_some_of_its_messages_has_lost_all(realm: Realm) -> None:
+    """What Redis did not drop as a whole was changed by someone else; nothing that is left is vouched for."""
+    _, _, last = realm.publish("a"), realm.publish("a"), realm.publish("a")
     realm.client.zremrangebyrank(f"{realm.key}:m:a", 0, 1)
 
     history = realm.read("a")
 
-    assert ids(history) == [third]
-    assert second < history.floor <= third
+    assert (ids(history), history.tail, history.floor) == ([], last, last + 1)
+    assert realm.bytes() == 0
+    assert not realm.client.exists(f"{realm.key}:m:a", f"{realm.key}:s:a")
 
 
 @pytest.mark.parametrize("field", [None, "last", "realm"])
@@ -747,7 +790,7 @@ def test_a_new_life_of_a_realm_has_another_origin(realm: Realm) -> None:
     assert realm.library.pubsub(one).announcements("a") != realm.library.pubsub(two).announcements("a")
 
 
-@pytest.mark.parametrize("index", ["names", "due"])
+@pytest.mark.parametrize("index", ["names", "due", "stale"])
 def test_lost_indexes_are_rebuilt(realm: Realm, index: str) -> None:
     """By the next tick: all channels are listed, and close in their time."""
     for name in ("a", "b", "é"):
@@ -759,7 +802,7 @@ def test_lost_indexes_are_rebuilt(realm: Realm, index: str) -> None:
 
     assert realm.names() == ["a", "b", "é"]
     assert realm.record()["channels"] == "3"
-    assert realm.client.zcard(f"{realm.key}:due") == 3
+    assert realm.client.zcard(f"{realm.key}:due") == realm.client.zcard(f"{realm.key}:stale") == 3
 
 
 def test_a_lost_entry_of_an_index_is_enough(realm: Realm) -> None:
@@ -772,6 +815,180 @@ def test_a_lost_entry_of_an_index_is_enough(realm: Realm) -> None:
     realm.tick()
 
     assert realm.names() == ["a", "b"]
+
+
+# What a realm may hold
+
+
+def test_a_realm_has_room_for_so_many_bytes(realm: Realm) -> None:
+    """Of data, counted in every channel it is stored in. What is refused leaves no trace, and nobody is told a gap."""
+    realm.attach(realm_bytes=10)
+    ear = realm.listen("a")
+    realm.attach(realm_bytes=10)
+    first = realm.publish("a", "b", data="1234")
+    before = realm.client.hgetall(realm.key), realm.keys()
+    sentence = realm.refusal("publish_once", "k", '"a"', "a")
+    after = realm.client.hgetall(realm.key), realm.keys()
+    last = realm.publish("a", data="12")
+
+    assert re.fullmatch("REALMFULL [1-9][0-9]? 8 bytes of data are cached in the realm; the limit is 10", sentence), (
+        sentence
+    )
+    assert before == after
+    assert realm.refusal("publish", "1", "new").startswith("REALMFULL ")
+    assert "new" not in realm.names()
+    assert [parse(ear.hear()) for _ in range(2)] == [(first, 0), (last, first)]
+    assert realm.read("a").floor <= first
+    assert realm.bytes() == 10
+
+
+def test_the_wait_is_told_in_seconds(realm: Realm) -> None:
+    """Until the oldest message is too old; a minute at the most, as more room may come by other ways."""
+    realm.attach(window=40.0, realm_bytes=1)
+    realm.publish("a")
+    soon = translate(realm.refusal("publish", "1", "b"))
+    realm.attach(window=4000.0, realm_bytes=1)
+    realm.call("close", 0, "a")
+    realm.publish("a")
+    late = translate(realm.refusal("publish", "1", "b"))
+
+    assert isinstance(soon, RealmFull)
+    assert isinstance(late, RealmFull)
+    assert 40 - PATIENCE_S < soon.members["retry_after"] <= 41
+    assert late.members["retry_after"] == 60
+
+
+def test_a_repeat_needs_no_room(realm: Realm) -> None:
+    """What is stored already gets its id, and another publication under its key is told so."""
+    realm.attach(realm_bytes=4)
+    id = realm.call("publish_once", "k", "1234", "a")
+
+    assert realm.call("publish_once", "k", "1234", "a") == id
+    assert realm.refusal("publish_once", "k", "123", "a").startswith("KEYREUSED ")
+    assert realm.refusal("publish_once", "l", "1", "a").startswith("REALMFULL ")
+
+
+def test_what_a_message_pushes_out_makes_room(realm: Realm) -> None:
+    """A channel that holds as many messages as it may goes on in a full realm; bigger ones do not fit."""
+    realm.attach(realm_bytes=4, max_messages=2)
+    given = [realm.publish("a", data="12") for _ in range(4)]
+
+    assert ids(realm.read("a")) == given[2:]
+    assert realm.refusal("publish", "123", "a").startswith("REALMFULL ")
+    assert ids(realm.read("a")) == given[2:]
+    assert realm.publish("a", data="1") > 0
+    assert realm.bytes() == 3
+
+
+@pytest.mark.parametrize("how", ["close", "window", "ttl", "evicted", "evicted sizes", "lost"])
+def test_room_comes_back(realm: Realm, how: str) -> None:
+    """However messages go, a realm that is full takes publications to other channels; the full one is not touched."""
+    realm.attach(realm_bytes=4, window=100.0)
+    realm.create("a")
+    id = realm.publish("a", data="1234")
+    assert realm.refusal("publish", "1", "b").startswith("REALMFULL ")
+    match how:
+        case "close":
+            realm.call("close", 0, "a")
+        case "window":
+            realm.age("a", id, 101 * SECOND)
+        case "ttl":
+            realm.write_facts("a", expires=1)
+            realm.client.zadd(f"{realm.key}:due", {"a": 1})
+            realm.tick()
+        case "lost":
+            realm.client.delete(realm.key)
+        case "evicted" | "evicted sizes":
+            # Redis says nothing of it; it is found where room is looked for, when the messages would have gone.
+            realm.client.delete(f"{realm.key}:{'m' if how == 'evicted' else 's'}:a")
+            realm.client.zadd(f"{realm.key}:stale", {"a": 1})
+
+    assert realm.publish("b") > id
+    assert realm.bytes() == 1
+
+
+def test_room_is_made_a_part_at_a_time(realm: Realm) -> None:
+    """Redis does nothing else meanwhile: a hundred channels are looked at, and the publisher may come back at once."""
+    realm.attach(realm_bytes=1)
+    realm.publish("full")
+    for number in range(150):
+        realm.create(f"c{number}")
+        realm.client.zadd(f"{realm.key}:stale", {f"c{number}": number + 1})
+
+    sentence = realm.refusal("publish", "1", "b")
+    left = realm.client.zcount(f"{realm.key}:stale", 0, 1000)
+
+    assert sentence.startswith("REALMFULL 1 ")
+    assert left == 50
+
+
+def test_ticks_make_room_in_a_realm_that_is_half_full(realm: Realm) -> None:
+    """So that there is room before somebody is refused. One that is not leaves it to Redis."""
+    realm.attach(realm_bytes=8, window=100.0)
+    counts = []
+    for name, data in (("a", "1234"), ("b", "1")):
+        realm.age(name, realm.publish(name, data=data), 101 * SECOND)
+        realm.tick()
+        counts.append(realm.bytes())
+
+    assert counts == [4, 1]
+
+
+def test_an_entry_of_a_channel_that_is_gone_makes_no_room(realm: Realm) -> None:
+    """It is removed where it is found."""
+    realm.attach(realm_bytes=1)
+    realm.publish("a")
+    realm.client.zadd(f"{realm.key}:stale", {"gone": 1})
+
+    assert realm.refusal("publish", "1", "b").startswith("REALMFULL ")
+    assert realm.client.zscore(f"{realm.key}:stale", "gone") is None
+
+
+def test_a_lower_limit_lets_nothing_go(realm: Realm) -> None:
+    """What is there stays for its window; nothing is added until there is room."""
+    realm.attach(realm_bytes=8)
+    id = realm.publish("a", data="12345678")
+    realm.attach(realm_bytes=4)
+
+    assert realm.refusal("publish", "1", "a").startswith("REALMFULL ")
+    assert ids(realm.read("a")) == [id]
+
+
+def test_a_realm_of_version_1(realm: Realm) -> None:
+    """It had no sizes: its channels stay, their messages go as if lost, the limit is the default's, the count exact."""
+    realm.attach(window=7.0)
+    realm.create("empty", ttl=5000.0)
+    first, last = realm.publish("a", "b"), realm.publish("a", "b")
+    record = realm.record()
+    del record["realm_bytes"]
+    realm.client.hset(realm.key, "realm", " ".join(record.values()))
+    realm.client.hdel(realm.key, "bytes")
+    for name in ("a", "b", "empty"):
+        facts = realm.facts(name)
+        del facts["bytes"]
+        realm.client.hset(realm.key, f"c:{name}", " ".join(facts.values()))
+    realm.client.delete(f"{realm.key}:stale", *(f"{realm.key}:s:{name}" for name in "ab"))
+
+    new = realm.publish("a")
+    realm.tick()
+
+    assert first < last
+    assert [ids(realm.read(name)) for name in ("a", "b", "empty")] == [[new], [], []]
+    assert [realm.read(name).floor for name in ("a", "b")] == [last + 1] * 2
+    assert realm.read("a").window == 7.0
+    assert parse_info(realm.call("describe", 0, "empty")).ttl == 5000.0
+    assert realm.publish("empty") > new
+    assert realm.bytes() == 2
+    assert realm.record()["realm_bytes"] == str(Retention().realm_bytes)
+    assert realm.client.zcard(f"{realm.key}:stale") == 3
+
+
+def test_a_node_of_version_1_says_nothing_of_bytes(realm: Realm) -> None:
+    """What the realm may hold stays as another one said."""
+    realm.attach(realm_bytes=4)
+    realm.call("attach", 0, "", 0, 0, 10**9, 10**9, 10, 10**9, 1, 65536, 100)
+
+    assert realm.refusal("publish", "12345", "a").startswith("REALMFULL ")
 
 
 # Channels
@@ -999,7 +1216,7 @@ def test_closing_an_empty_channel_leaves_nothing_behind(realm: Realm) -> None:
     realm.call("close", 0, "a")
 
     assert not realm.client.exists(f"{realm.key}:closed")
-    assert set(realm.client.hgetall(realm.key)) == {b"last", b"realm"}
+    assert set(realm.client.hgetall(realm.key)) == {b"last", b"realm", b"bytes"}
 
 
 # For nodes
@@ -1286,7 +1503,7 @@ def test_one_documented_call(redis_server: RedisServer, real_realm: Realm) -> No
 def test_calls_in_words() -> None:
     """Each begins with the realm's key, and with the id that was seen."""
     library = Library("r")
-    retention = Retention(1.5, 2.5, 3, 4.5, False, 5, 6)
+    retention = Retention(1.5, 2.5, 3, 4.5, False, 5, 6, 7)
 
     def words(function: str, *rest: str | bytes | int) -> Call:
         return ("FCALL", f"pushup_{function}", 1, "pushup:{r}", *rest)
@@ -1302,7 +1519,7 @@ def test_calls_in_words() -> None:
     assert library.list(5, "a", 7) == words("list", 5, "a", 7)
     assert library.read(5, "me", "t", {"a": 1, "b": 0}) == words("read", 5, "me", "t", "a", 1, "b", 0)
     assert library.attach(5, "run:1", 4, True, retention) == words(
-        "attach", 5, "run:1", 4, 1, 1_500_000, 2_500_000, 3, 4_500_000, 0, 5, 6
+        "attach", 5, "run:1", 4, 1, 1_500_000, 2_500_000, 3, 4_500_000, 0, 5, 6, 7
     )
     assert library.leave("me") == words("leave", "me")
     assert library.nodes() == words("nodes")
@@ -1443,6 +1660,7 @@ def test_what_is_no_echo(payload: bytes) -> None:
         ("KEYREUSED the key", KeyReused, "the key"),
         ("TOOLARGE data is", TooLarge, "data is"),
         ("INVALID a name", InvalidRequest, "a name"),
+        ("REALMFULL 7 8 bytes of data", RealmFull, "8 bytes of data"),
         ("OOM command not allowed when used memory > 'maxmemory'.", BrokerRefused, "Redis has no memory left"),
         ("command not allowed when used memory > 'maxmemory'.", BrokerRefused, "Redis has no memory left"),
         ("NOPERM this user", BrokerRefused, "Redis refused: NOPERM this user"),

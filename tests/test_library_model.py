@@ -8,28 +8,40 @@ from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
+import msgspec
 import redis
 from fakeredis import FakeRedis
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from pushup.errors import PushUpError
+from pushup.errors import PushUpError, RealmFull
 from pushup.library import (
     SOURCE,
     Library,
     NotExecuted,
     parse_histories,
     parse_info,
+    parse_message,
     parse_receipt,
     translate,
 )
 from pushup.memory import MemoryStore
-from pushup.messages import SECOND, ChannelInfo, ChannelOptions, History, NodeInfo, Publication, Receipt, Retention
+from pushup.messages import (
+    MAX_ID,
+    SECOND,
+    ChannelInfo,
+    ChannelOptions,
+    History,
+    NodeInfo,
+    Publication,
+    Receipt,
+    Retention,
+)
 
 START_US = 1_700_000_000 * SECOND
 NAMES = ("a", "b", "c")
-RETENTION = Retention(ttl=50.0, window=20.0, max_messages=4, idempotency=30.0)
+RETENTION = Retention(ttl=50.0, window=20.0, max_messages=4, idempotency=30.0, realm_bytes=80)
 ABOUT = NodeInfo("me", "", "", "1", "ready", 1, 1, 0, 0, 0, 0, 0)
 
 name = st.sampled_from(NAMES)
@@ -53,6 +65,7 @@ class Both(RuleBasedStateMachine):
         # The realm's position moved on with the attachment.
         self.memory.position(self.now)
         self.integers: list[str] = []
+        self.highest = 0
 
     def teardown(self) -> None:
         self.clock.stop()
@@ -82,6 +95,29 @@ class Both(RuleBasedStateMachine):
             lambda: self.memory.publish(publication, self.now),
             lambda: parse_receipt(self.ask(self.library.store(0, publication)))[0],
         )
+
+    @rule(channels=names, size=st.sampled_from((10, 27, 40)), key=st.sampled_from((None, None, "k", "l")))
+    def publish_much(self, channels: tuple[str, ...], size: int, key: str | None) -> None:
+        """A few of these, and the realm is full."""
+        self.publish(channels, b'"%b"' % (b"x" * (size - 2)), key)
+
+    @rule(most=st.sampled_from((30, 80)))
+    def change_the_limit(self, most: int) -> None:
+        """A node begins with other settings."""
+        retention = msgspec.structs.replace(RETENTION, realm_bytes=most)
+        self.memory._retention = retention
+        self.ask(self.library.attach(0, "", 0, False, retention))
+        self.memory.position(self.now)
+
+    @rule(channel=st.sampled_from(NAMES), kind=st.sampled_from(("m", "s", "ms")))
+    def redis_expires_messages(self, channel: str, kind: str) -> None:
+        """Keys whose messages are all too old may go at any time, before or after anyone has looked."""
+        newest: Any = self.redis.zrange(f"{self.library.key}:m:{channel}", -1, -1)
+        if newest and parse_message(newest[0]).id < self.now - self._window(channel) - SECOND:
+            self.redis.delete(*(f"{self.library.key}:{letter}:{channel}" for letter in kind))
+
+    def _window(self, channel: str) -> int:
+        return int(self.memory._channels[channel].window * SECOND) if channel in self.memory._channels else 0
 
     @rule(channel=name, count=st.integers(3, 6))
     def publish_more_than_is_kept(self, channel: str, count: int) -> None:
@@ -157,11 +193,42 @@ class Both(RuleBasedStateMachine):
         kept = {key.partition(b":m:")[2] for key in keys}
         assert kept <= existing
 
+    @invariant()
+    def redis_counts_what_it_has(self) -> None:
+        """The realm's bytes are the sum of its channels', and those are what is kept, or was until Redis dropped it."""
+        realm: Any = self.redis.hgetall(self.library.key)
+        counts = {field[2:].decode(): int(facts.split()[8]) for field, facts in realm.items() if field[:2] == b"c:"}
+        assert int(realm.get(b"bytes", 0)) == sum(counts.values())
+        for channel, bytes in counts.items():
+            messages: Any = self.redis.zrange(f"{self.library.key}:m:{channel}", 0, -1)
+            sizes: Any = self.redis.lrange(f"{self.library.key}:s:{channel}", 0, -1)
+            if len(messages) == len(sizes) > 0:
+                parsed = [parse_message(text) for text in messages]
+                assert [(message.id, len(message.data)) for message in parsed] == [
+                    tuple(map(int, entry.split())) for entry in sizes
+                ]
+                assert bytes == sum(len(message.data) for message in parsed)
+
+    @invariant()
+    def memory_counts_what_it_has(self) -> None:
+        backlogs = [channel.backlog for channel in self.memory._channels.values()]
+        assert self.memory._bytes == sum(len(m.data) for backlog in backlogs for m in backlog.range(0, MAX_ID))
+
+    @invariant()
+    def nothing_is_above_the_limit(self) -> None:
+        """But for what was there when the limit was lowered."""
+        self.highest = max(self.memory._retention.realm_bytes, min(self.highest, self.memory._bytes))
+        assert self.memory._bytes <= self.highest
+
 
 def _outcome(action: Callable[[], Any]) -> Any:
     """What it says, in a form that can be compared. Floors below the birth of the realm are one."""
     try:
         said = action()
+    except RealmFull as error:
+        # Both say when there may be room, each by what it knows.
+        assert 1 <= error.members["retry_after"] <= 60  # noqa: PT017
+        return RealmFull, error.detail
     except PushUpError as error:
         return type(error), error.members
     if isinstance(said, History):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from pushup.errors import ChannelNotFound
+from pushup.errors import ChannelNotFound, RealmFull
 from pushup.memory import CLOSED_REMEMBERED, MemoryStore
 from pushup.messages import SECOND, ChannelOptions, Message, NodeInfo, Publication, Retention
 
@@ -157,6 +157,49 @@ def test_a_forgotten_closed_channel_raises_the_floor_of_all_unknown_ones() -> No
 
     assert history is not None
     assert history.floor > lost
+
+
+def test_a_full_realm_has_room_when_messages_are_too_old() -> None:
+    """Without a sweep, and though nobody publishes to the channel that fills it. Until then it says how long."""
+    store, _ = made(window=10.0, realm_bytes=2)
+    publish(store, BIRTH + SECOND, "a", "b")
+
+    with pytest.raises(RealmFull) as full:
+        publish(store, BIRTH + 8 * SECOND, "c")
+
+    assert full.value.members["retry_after"] == 4
+    assert ids(store, "a", BIRTH + 11 * SECOND) != []
+    assert publish(store, BIRTH + 11 * SECOND + 1, "c") == BIRTH + 11 * SECOND + 1
+
+
+def test_a_refused_publication_closes_nothing() -> None:
+    """A channel whose ttl is over is closed by the next sweep, which then makes room."""
+    store, recorder = made(ttl=10.0, window=100.0, realm_bytes=1)
+    publish(store, BIRTH + SECOND, "a")
+    store.watch("a", BIRTH)
+    for _ in range(2):
+        with pytest.raises(RealmFull) as full:
+            publish(store, BIRTH + 12 * SECOND, "b")
+        assert full.value.members["retry_after"] == 1
+    assert recorder.heard == []
+
+    store.sweep(BIRTH + 12 * SECOND)
+
+    assert recorder.heard == ["closed a"]
+    assert publish(store, BIRTH + 12 * SECOND, "b") > 0
+
+
+def test_the_wait_for_room_is_a_minute_at_the_most() -> None:
+    """Also where nothing can ever leave, as nothing is there."""
+    store, _ = made(window=1000.0, realm_bytes=1)
+
+    with pytest.raises(RealmFull) as never:
+        publish(store, BIRTH, "a", "b")
+    publish(store, BIRTH, "a")
+    with pytest.raises(RealmFull) as late:
+        publish(store, BIRTH, "b")
+
+    assert never.value.members["retry_after"] == late.value.members["retry_after"] == 60
 
 
 def test_looking_does_not_pile_up() -> None:

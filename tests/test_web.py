@@ -843,7 +843,7 @@ async def test_a_wrong_publication_names_the_parameter(body: Any, parameter: str
     """What is missing, unknown or of the wrong kind is named."""
     async with running() as server, connected(server) as client:
         assert refusal(await client.request("POST", "/publish", body)) == (400, "invalid_parameter", parameter)
-        assert server.metrics.publications == 0
+        assert server.node.metrics.publications == 0
 
 
 async def test_the_last_of_equal_members_counts() -> None:
@@ -965,7 +965,7 @@ async def test_the_web_side_frees_the_poll_of_a_vanished_client(name: str) -> No
 
         await parked(server, 0)
 
-        assert server.metrics.answers["gone"] == 1
+        assert server.node.metrics.answers["gone"] == 1
 
 
 async def test_the_web_side_ends_polls_in_time() -> None:
