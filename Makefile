@@ -15,6 +15,7 @@ help:
 	@echo "make chaos   every fault against a real cluster, write tests/chaos/REPORT.md"
 	@echo "make fuzz    odd bytes to the lane until Ctrl-C (TARGET=parsers, ARGS='-max_total_time=60'); see tests/fuzz"
 	@echo "make bench   measure against Nchan, write loadtest/REPORT.md"
+	@echo "make attack  measure good clients while 12,000 others attack, write loadtest/ATTACK.md"
 	@echo "make build   the wheel, in dist/"
 
 run: $(VENV)/.run
@@ -52,6 +53,9 @@ bench: $(VENV)/.dev
 	tests/install-debian.sh nginx libnginx-mod-nchan
 	$(BIN)/python -m loadtest run --all
 	$(BIN)/python -m loadtest report
+
+attack: $(VENV)/.dev
+	$(BIN)/python -m loadtest attack $(ARGS)
 
 build: $(VENV)/.dev
 	$(BIN)/python -m build

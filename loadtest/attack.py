@@ -73,6 +73,7 @@ class Plan:
     publishers: int = 20
     pairs: int = 5
     warm_up_s: float = 10.0
+    settle_s: float = 1.0
     calm_s: float = 30.0
     attack_s: float = 40.0
     come_s: float = 60.0
@@ -90,12 +91,13 @@ QUICK: Final = Plan(
     pollers=100,
     pairs=2,
     warm_up_s=1.0,
-    calm_s=2.0,
-    attack_s=4.0,
+    settle_s=0.5,
+    calm_s=1.0,
+    attack_s=3.0,
     come_s=10.0,
-    go_s=1.0,
-    drip_s=0.5,
-    settings={"request_timeout": "1", "write_timeout": "1"},
+    go_s=0.5,
+    drip_s=0.3,
+    settings={"request_timeout": "1", "write_timeout": "1", "keepalive_timeout": "1"},
 )
 
 
@@ -218,7 +220,7 @@ def make_crowds(plan: Plan) -> tuple[list[Crowd], list[Crowd]]:
         "large answers, the same for all": (same * 4, same),
         "large answers, each its own": (own * 4, own),
         "answers of the web side": (other * 40, other),
-        "small answers, as they come": (small * 400, small * 50),
+        "answers of many small messages": (small * 400, small * 50),
     }
     slow = [
         Crowd(name, count, opening, drip, plan.drip_s, True, plan.slow_opens_per_s / len(slow_kinds))
@@ -334,7 +336,7 @@ class _Run:
         self._phase("warm-up", 0, plan.warm_up_s)
         for pair in range(1, plan.pairs + 1):
             self._fill_bulk()
-            self._phase("between", pair, 1.0)
+            self._phase("settle", pair, plan.settle_s)
             self._phase(CALM, pair, plan.calm_s)
             self._besiegers.say("attack")
             self._phase("come", pair, plan.come_s, lambda: self._besiegers.open >= 0.99 * self._attackers)
@@ -349,15 +351,19 @@ class _Run:
         orphans = array("q")
         tolls: list[Toll] = []
 
-        def tick() -> bool:
-            tolls.extend(self._besiegers.listen())
+        def sample() -> None:
             memory.append(self._node.resident_bytes() / 2**20)
             found = _TCP.search(Path("/proc/net/sockstat").read_text())
             assert found is not None
             orphans.append(int(found[1]))
             kernel.append(int(found[2]) * PAGE_BYTES / 2**20)
+
+        def tick() -> bool:
+            tolls.extend(self._besiegers.listen())
+            sample()
             return enough()
 
+        sample()
         toll, before = self._besiegers.toll, ran(self._node.pids)
         self._audience.run(phase, seconds, tick)
         used, after = ran(self._node.pids) - before, self._besiegers.toll
@@ -405,7 +411,7 @@ class _Run:
         busy = used.cpu / max(phase.end - phase.begin, 1)
         self._note(
             f"{phase.name}: {(phase.end - phase.begin) / 1e9:.0f} s, node {busy:.0%} busy, "
-            f"{memory[-1] if memory else 0:,.0f} MiB, {self._besiegers.open:,} attackers"
+            f"{memory[-1]:,.0f} MiB, {self._besiegers.open:,} attackers"
         )
 
     def _fill_bulk(self) -> None:

@@ -145,7 +145,7 @@ def judge(result: AttackResult) -> list[dict[str, Any]]:
     pairs = result.pairs()
     ratios = [_ratio(calm.lag_p99_ms, attack.lag_p99_ms) for calm, attack in pairs]
     calm_mib = max((max(calm.node_memory_mib) for calm, _ in pairs[:1]), default=0.0)
-    peaks = [max(phase.node_memory_mib) for phase in result.phases if phase.name not in (CALM,) and phase.pair]
+    peaks = [max(phase.node_memory_mib) for phase in result.phases if phase.name != CALM and phase.pair]
     attack_peaks = [max(attack.node_memory_mib) for _, attack in pairs]
     half = len(attack_peaks) // 2
     growth = max(attack_peaks[half:]) / max(attack_peaks[:half]) if half else None

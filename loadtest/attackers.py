@@ -229,6 +229,10 @@ class Attackers:
 
     def _hear(self, connection: _Connection, event: int) -> None:
         """Who reads looks at what came; who does not looks when all is over."""
+        failure = connection.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if event & select.EPOLLERR else 0
+        if failure:
+            self._end(connection, connection.said or _reason(failure))
+            return
         try:
             data = connection.socket.recv(READ_BYTES)
         except BlockingIOError:
