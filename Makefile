@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help run cluster test check format chaos fuzz bench build clean
+.PHONY: help run cluster test check format chaos fuzz bench attack build clean
 
 help:
 	@echo "make run     a node on http://127.0.0.1:8080 with the demo page (ARGS='--help' shows the settings)"
