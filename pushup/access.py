@@ -159,43 +159,50 @@ class RealmRules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class _AccessFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    realms: dict[str, RealmRules]
+    realms: dict[str, dict[str, Any]]
 
 
 def parse_access(text: str, file: str) -> Mapping[str, RealmRules]:
     """The rules by realm, checked as far as they can be without other files. Raises SettingsError."""
     try:
-        rules = msgspec.convert(tomllib.loads(text), _AccessFile).realms
-        for realm, of_realm in rules.items():
-            _check(realm, of_realm)
+        tables = msgspec.convert(tomllib.loads(text), _AccessFile).realms
     except ValueError as error:
         raise SettingsError(f"the access file {file} is wrong: {error}") from None
+    rules = {}
+    for realm, table in tables.items():
+        try:
+            rules[realm] = msgspec.convert(table, RealmRules)
+            _check(realm, rules[realm])
+        except ValueError as error:
+            raise SettingsError(f"the access file {file} is wrong: realm {realm!r}: {error}") from None
     return rules
 
 
 def _check(realm: str, rules: RealmRules) -> None:
-    where = f"realm {realm}"
     if not _REALM.fullmatch(realm):
-        raise ValueError(f"{realm!r} is no name of a realm: 1 to 64 letters, digits, dots, dashes and underscores")
+        raise ValueError("a realm's name is 1 to 64 letters, digits, dots, dashes and underscores")
     names = [key.name for key in rules.keys]
     for key in rules.keys:
         if not _HASH.fullmatch(key.hash):
             # Not shown: somebody may have put the key itself there.
-            raise ValueError(f"{where}: the hash of key {key.name!r} is not sha256: and 64 hexadecimal digits")
+            raise ValueError(f"the hash of key {key.name!r} is not sha256: and 64 hexadecimal digits")
         if names.count(key.name) > 1:
-            raise ValueError(f"{where}: two keys have the name {key.name!r}")
-        Patterns(key.channels)
+            raise ValueError(f"two keys have the name {key.name!r}")
+        try:
+            Patterns(key.channels)
+        except ValueError as error:
+            raise ValueError(f"key {key.name!r}: {error}") from None
     tokens = rules.tokens
     if tokens is None:
         if rules.subscribe == "token" and not any("subscribe" in key.actions for key in rules.keys):
             raise ValueError(
-                f"{where}: nobody may subscribe. Say who by [realms.{realm}.tokens] or a key, or say subscribe = 'open'"
+                f"nobody may subscribe. Say who by [realms.{realm}.tokens] or a key, or say subscribe = 'open'"
             )
         return
     if sum(source is not None for source in (tokens.secret_file, tokens.public_key_file, tokens.jwks_url)) != 1:
-        raise ValueError(f"{where}: tokens need exactly one of secret_file, public_key_file and jwks_url")
+        raise ValueError("tokens need exactly one of secret_file, public_key_file and jwks_url")
     if tokens.jwks_url is not None and tokens.audience is None:
-        raise ValueError(f"{where}: tokens by jwks_url need an audience, or any application's tokens are good here")
+        raise ValueError("tokens by jwks_url need an audience, or any application's tokens are good here")
 
 
 def make_key() -> str:
