@@ -32,7 +32,7 @@ class Origins:
 
     def knows(self, origin: str, host: str) -> bool:
         """The same by name: such a page may also come with the browser's cookies."""
-        return origin in self._allowed or origin.partition("://")[2] == host.lower()
+        return origin in self._allowed or (host != "" and origin.partition("://")[2] == host.lower())
 
     def headers(self, origin: str | None) -> dict[str, str]:
         """What an answer to a page of this origin has to say; nothing if it may not read it."""
