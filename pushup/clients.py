@@ -15,6 +15,9 @@ from pushup.errors import TooManyConnections
 IPV6_PREFIX: Final = 64
 """An IPv6 client has at least a network of this size to itself, so that is what is counted."""
 
+HOPS_MAX: Final = 16
+"""Of a chain of proxies so many are looked at, the last ones. A client may send thousands."""
+
 PROXY_V1_BYTES_MAX: Final = 107
 PROXY_V2_BYTES_MAX: Final = 16 + 2048
 _V1_SIGNATURE: Final = b"PROXY "
@@ -22,6 +25,7 @@ _V2_SIGNATURE: Final = b"\r\n\r\n\x00\r\nQUIT\n"
 _V1: Final = re.compile(
     rb"PROXY (?:UNKNOWN(?: [ -~]*)?|(TCP[46]) ([0-9a-fA-F:.]+) ([0-9a-fA-F:.]+) (\d{1,5}) (\d{1,5}))"
 )
+_WITH_PORT: Final = re.compile(r"\[(.*)\](?::[0-9]+)?|([^:]*):[0-9]+")
 
 IpAddress = IPv4Address | IPv6Address
 
@@ -48,33 +52,35 @@ class Networks:
 
 
 def parse_ip(text: str) -> IpAddress | None:
-    """The address, if it is one; an IPv4 address in IPv6 clothes is an IPv4 address."""
+    """The address, if it is one; without a zone, and an IPv4 address in IPv6 clothes is an IPv4 address."""
     try:
-        address = ip_address(text.partition("%")[0])
+        address = ip_address(text)
     except ValueError:
         return None
-    return getattr(address, "ipv4_mapped", None) or address
+    if isinstance(address, IPv6Address):
+        return address.ipv4_mapped or IPv6Address(int(address))
+    return address
 
 
 def forwarded_for(values: Sequence[bytes], proxies: Networks) -> str | None:
     """The client that a trusted proxy speaks for: of the `X-Forwarded-For` fields, the last address that is no proxy's.
 
-    None if there is none, or what comes last is not an address.
+    None if there is none, or what comes last is not an address. O(1) in the number of hops.
     """
-    hops = [hop.strip() for hop in b",".join(values).decode("latin-1").split(",")]
+    hops = b",".join(values).decode("latin-1").rsplit(",", HOPS_MAX)[-HOPS_MAX:]
     for hop in reversed(hops):
-        host = _without_port(hop)
-        if parse_ip(host) is None:
+        address = parse_ip(_without_port(hop.strip(" \t")))
+        if address is None:
             return None
+        host = str(address)
         if host not in proxies:
             return host
     return None
 
 
 def _without_port(hop: str) -> str:
-    if hop.startswith("["):
-        return hop[1:].partition("]")[0]
-    return hop.partition(":")[0] if hop.count(":") == 1 else hop
+    match = _WITH_PORT.fullmatch(hop)
+    return hop if match is None else match[1] or match[2] or ""
 
 
 class Proxied(NamedTuple):
