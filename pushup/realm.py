@@ -6,7 +6,7 @@ from typing import Final
 from weakref import WeakValueDictionary
 
 from pushup.access import ALL, NONE, NOT_GOOD, OPEN, Action, Grant, Holder, Keys, Patterns, RealmRules
-from pushup.errors import TokenExpired, TooManyPolls, TooManyPublications, Unauthorized
+from pushup.errors import TokenExpired, TooManyPolls, TooManyPublications, Unauthorized, Unavailable
 from pushup.node import Node
 from pushup.quota import Bucket
 from pushup.sender import Sender
@@ -80,14 +80,17 @@ class Realm:
         return grant
 
     async def meet(self, sender: Sender, token: str | None, now: float) -> Grant:
-        """As `recognise`, and fetches the key set if it has to."""
+        """As `recognise`, but fetches the key set if it has to, so it does not raise KeysNeeded."""
         try:
             return self.recognise(sender, token, now)
         except KeysNeeded:
             assert self.tokens is not None
             assert self.tokens.jwks is not None
             await self.tokens.jwks.fetch(now)
-        return self.recognise(sender, token, now)
+        try:
+            return self.recognise(sender, token, now)
+        except KeysNeeded:  # There are other rules, with another key set, since.
+            raise Unavailable("the keys that tokens are signed with have just changed") from None
 
     @property
     def is_stale(self) -> bool:
@@ -130,7 +133,8 @@ class Realm:
         rights: dict[Action, Patterns] = {"subscribe": claims.subscribe, "publish": claims.publish, "manage": NONE}
         if self.open_to_read:
             rights["subscribe"] = ALL
-        name = f"token {secret}" if claims.subject is None else f"subject {claims.subject}"
+        # Without the signature, which some can write in more than one way.
+        name = f"token {secret.rpartition('.')[0]}" if claims.subject is None else f"subject {claims.subject}"
         holder = self._holder(name, self.settings.token_publish_rate_max)
         return Grant(rights, holder, claims.expires, token=True)
 

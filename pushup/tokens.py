@@ -144,9 +144,12 @@ def _refuse(reason: str) -> Unauthorized:
 
 def _time(claims: Mapping[str, Any], name: str) -> float:
     value = claims[name]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
-        raise Unauthorized(f"the token's {name} is not a time in seconds")
-    return float(value)
+    try:
+        if isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value):
+            return float(value)
+    except OverflowError:
+        pass  # An integer beyond all floats.
+    raise Unauthorized(f"the token's {name} is not a time in seconds")
 
 
 def _patterns(rights: Mapping[str, Any], name: str) -> Patterns:
@@ -208,7 +211,8 @@ def parse_jwks(text: bytes) -> Mapping[str | None, SigningKey]:
         if not isinstance(each, dict) or each.get("kty") not in ("RSA", "EC", "OKP") or "d" in each:
             continue  # A private key, or one that everybody who reads the set could sign with.
         kid = each.get("kid")
-        if each.get("use", "sig") != "sig" or "verify" not in each.get("key_ops", ["verify"]):
+        operations = each.get("key_ops", ["verify"])
+        if each.get("use", "sig") != "sig" or not isinstance(operations, list) or "verify" not in operations:
             continue
         try:
             material = jwt.PyJWK(each).key
@@ -234,12 +238,12 @@ class Jwks:
         self._tried = float("-inf")
         self._fetching: asyncio.Task[None] | None = None
         self.on_change: Callable[[], None] = lambda: None
-        """Called when a key that was good is good no longer."""
+        """Called when a key that was good is good no longer, or all of them were kept too long."""
 
     def find(self, kid: Any, now: float) -> SigningKey:
         """The key with that id; without one, the only key there is. Raises Unauthorized, KeysNeeded, Unavailable."""
         if self._fetched is None or now - self._fetched > JWKS_KEPT_S:
-            if now - self._tried < JWKS_PAUSE_S:
+            if not self._may_help(now):
                 raise Unavailable(
                     "the keys that tokens are signed with cannot be had now", retry_after=int(JWKS_PAUSE_S)
                 )
@@ -249,9 +253,13 @@ class Jwks:
         key = self._keys.get(kid) if kid is None or isinstance(kid, str) else None
         if key is not None:
             return key
-        if now - self._tried >= JWKS_PAUSE_S:
+        if self._may_help(now):
             raise KeysNeeded
         raise _refuse("its key is not in the key set")
+
+    def _may_help(self, now: float) -> bool:
+        """Whether it is of use to await `fetch`: one is under way already, or it is time for another."""
+        return self._fetching is not None or now - self._tried >= JWKS_PAUSE_S
 
     def is_stale(self, now: float) -> bool:
         """Whether it is time for another look at the URL."""
@@ -292,6 +300,8 @@ class Jwks:
                     raise ValueError("it has no key that tokens may be signed with")
         except (aiohttp.ClientError, TimeoutError, ValueError, RecursionError) as error:
             log.warning("cannot get the key set", extra={"url": self.url, "error": str(error) or "time-out"})
+            if self._fetched is not None and now - self._fetched > JWKS_KEPT_S:
+                self.on_change()
             return
         before, self._keys, self._fetched = self._keys, keys, now
         if any(keys.get(kid) != key for kid, key in before.items()):
