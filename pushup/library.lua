@@ -73,6 +73,13 @@ local function run_id()
   return run
 end
 
+local function whole(given, least)
+  if not string.find(given or '', '^%d+$') or tonumber(given) > MAX_ID or tonumber(given) < least then
+    refuse('INVALID', 'an argument that must be a whole number, at least ' .. least .. ', is not')
+  end
+  return tonumber(given)
+end
+
 local function guarded(callback)
   return function(keys, args)
     if not keys[1] or not string.find(keys[1], '^pushup:{[%w._-]+}$') then
@@ -403,14 +410,19 @@ local function stales(facts)
   return facts.first > 0 and facts.first + facts.window + 1 or MAX_ID
 end
 
+-- A user who may only publish may not list channels. What is too old is then left to the nodes' ticks.
+local function stalest(key, ...)
+  local names = redis.pcall('ZRANGE', key .. ':stale', ...)
+  return names.err and {} or names
+end
+
 -- Trim channels whose oldest message may be too old, until the realm is down to `bytes` or a number of them were looked
 -- at. `known` are the facts that the caller has, by name.
 local function shed(key, realm, now, bytes, known)
   if realm.bytes <= bytes then
     return
   end
-  local names = redis.call('ZRANGE', key .. ':stale', '-inf', text(now), 'BYSCORE', 'LIMIT', 0, SWEPT_AT_ONCE)
-  for _, name in ipairs(names) do
+  for _, name in ipairs(stalest(key, '-inf', text(now), 'BYSCORE', 'LIMIT', 0, SWEPT_AT_ONCE)) do
     local facts = known[name]
     if not facts then
       local written = redis.call('HMGET', key, 'c:' .. name)[1]
@@ -453,7 +465,7 @@ local function make_room(key, realm, now, names, facts, size)
     end
   end
   if realm.bytes - pushed > limit then
-    local next = redis.call('ZRANGE', key .. ':stale', 0, 0, 'WITHSCORES')[2]
+    local next = stalest(key, 0, 0, 'WITHSCORES')[2]
     local wait = math.max(0, math.min(RETRY, (tonumber(next) or 0) - now))
     refuse('REALMFULL', text(math.max(1, math.ceil(wait / SECOND))) .. ' ' .. text(realm.bytes) ..
       ' bytes of data are cached in the realm; the limit is ' .. text(realm.realm_bytes))
@@ -598,13 +610,14 @@ local function known(key, seen, name)
   return realm, facts[1], now
 end
 
-local function duration(given)
-  return given ~= '' and tonumber(given) or nil
+local function option(given, least)
+  return given ~= '' and whole(given, least) or nil
 end
 
 -- SEEN NAME-OR-EMPTY TTL WINDOW MAX_MESSAGES (microseconds, each may be empty) -> description
 local function create(key, args)
   local name = args[2]
+  local ttl, window, most = option(args[3], 0), option(args[4], 0), option(args[5], 1)
   local realm, facts, now = open(key, args[1], {name})
   refuse_in_doubt(now)
   if name == '' then
@@ -620,7 +633,7 @@ local function create(key, args)
       refuse('EXISTS', name)
     end
   end
-  local channel = add(key, realm, name, now, duration(args[3]), duration(args[4]), duration(args[5]))
+  local channel = add(key, realm, name, now, ttl, window, most)
   save_facts(key, realm, name, channel)
   redis.call('SPUBLISH', pubsub(key, realm, 'a', name), 'made')
   return describe(key, realm, name, channel, now)
@@ -628,9 +641,10 @@ end
 
 -- SEEN NAME TTL-OR-EMPTY -> description
 local function renew(key, args)
+  local ttl = option(args[3], 0)
   local realm, facts, now = known(key, args[1], args[2])
   refuse_in_doubt(now)
-  facts.ttl = duration(args[3]) or facts.ttl
+  facts.ttl = ttl or facts.ttl
   facts.expires = now + facts.ttl
   local due = tonumber(redis.call('ZSCORE', key .. ':due', args[2]) or facts.expires)
   redis.call('ZADD', key .. ':due', text(math.min(due, facts.expires)), args[2])
@@ -702,7 +716,7 @@ local function read(key, args)
   local names, starts = {}, {}
   for at = 4, #args, 2 do
     names[#names + 1] = args[at]
-    starts[#starts + 1] = tonumber(args[at + 1])
+    starts[#starts + 1] = whole(args[at + 1], 0)
   end
   local realm, facts, now = open(key, args[1], names)
   local histories = {}
@@ -793,8 +807,9 @@ end
 -- them from, and SEEN-THERE the highest: if that is above the last id before this run, the two served at the same time (a
 -- master that was cut off), and what the other one acknowledged is not here.
 local function compare(key, args)
+  local there = whole(args[3], 0)
   local realm, _, now = open(key, args[1], {})
-  if args[2] ~= '' and args[2] ~= origin(realm) and tonumber(args[3]) > realm.since then
+  if args[2] ~= '' and args[2] ~= origin(realm) and there > realm.since then
     lose(key, realm, now, tonumber(args[1]))
   end
   return realm, now
@@ -809,12 +824,16 @@ end
 -- {position, origin}. A node begins, or begins again. One of version 1 says nothing of REALM_BYTES: the realm's stay.
 -- KEPT: whether this server keeps every acknowledged write over a restart, and has no replica that could take its place.
 local function attach(key, args)
+  local numbers = {}
+  for at = 4, args[12] and 12 or 11 do
+    numbers[at] = whole(args[at], 0)
+  end
   local realm, now = compare(key, args)
-  realm.kept = args[4]
-  realm.ttl, realm.window, realm.max_messages = tonumber(args[5]), tonumber(args[6]), tonumber(args[7])
-  realm.idempotency, realm.implicit = tonumber(args[8]), tonumber(args[9])
-  realm.message_bytes, realm.publish_channels = tonumber(args[10]), tonumber(args[11])
-  realm.realm_bytes = tonumber(args[12]) or realm.realm_bytes
+  realm.kept = numbers[4] == 1 and '1' or '0'
+  realm.ttl, realm.window, realm.max_messages = numbers[5], numbers[6], numbers[7]
+  realm.idempotency, realm.implicit = numbers[8], numbers[9]
+  realm.message_bytes, realm.publish_channels = numbers[10], numbers[11]
+  realm.realm_bytes = numbers[12] or realm.realm_bytes
   save_realm(key, realm)
   return {text(position(key, realm, now)), origin(realm)}
 end

@@ -1,8 +1,11 @@
 """The contract of `broker.Broker`, run against every broker there is."""
 
+import re
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from itertools import pairwise
+from pathlib import Path
+from typing import Final
 from uuid import uuid4
 
 import pytest
@@ -18,6 +21,7 @@ from pushup.memory import MemoryBroker
 from pushup.messages import ChannelOptions, History, Message, NodeInfo, Publication, Receipt, Retention
 from pushup.redis_broker import RedisBroker
 from pushup.redis_url import Servers, parse_servers
+from tests.redis_server import RedisServer
 from tests.support import PATIENCE_S, eventually
 
 ABOUT = NodeInfo("me", "127.0.0.1:1", "127.0.0.1:2", "1", "ready", 1, 1, 0, 0, 0, 0, 0)
@@ -104,7 +108,25 @@ def _url(tmp_path_factory: pytest.TempPathFactory, store: Kind) -> Iterator[str]
         cluster.down()
 
 
-@pytest.fixture(params=["memory", "fakeredis", "redis", "sentinel", "cluster"])
+USERS: Final = Path(__file__).parent.parent / "compose/redis/users.acl"
+
+
+def rules(user: str) -> list[str]:
+    """What the file lets a user of Redis do, selectors in one piece."""
+    (line,) = [line for line in USERS.read_text().splitlines() if line.startswith(f"user {user} ")]
+    return re.findall(r"\([^)]*\)|\S+", line)[2:]
+
+
+@pytest.fixture(scope="module")
+def user_url(redis_server: RedisServer) -> Iterator[str]:
+    """A Redis in which the node may do no more than it must, in any realm."""
+    with redis_server.client() as operator:
+        operator.execute_command("ACL", "SETUSER", "node", "reset", *rules("node"), "~pushup:*", "&pushup:*")
+        yield redis_server.url.replace("//", "//node:NODE-PASSWORD@")
+        operator.execute_command("ACL", "DELUSER", "node")
+
+
+@pytest.fixture(params=["memory", "fakeredis", "redis", "user", "sentinel", "cluster"])
 def broker(request: pytest.FixtureRequest) -> "Make":
     match request.param:
         case "memory":

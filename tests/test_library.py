@@ -78,11 +78,29 @@ FACTS = ("tail", "floor", "first", "ttl", "window", "max_messages", "created", "
 NASTY_NAMES = (
     *("}", "{other}", "}{other}", "a}:m:b", ":names", "names", "m:a", "c:a", "realm", "last", ":", "::", "*", "a b"),
     *("%s%n", "\\", '"', "'", "é", "日本", "😀", "\u00a0", "\u2028", "x" * 255, "é" * 127),
-    *("-1", "1.0", "+1", "1e3", "٣"),
+    *(
+        "-1",
+        "1.0",
+        "+1",
+        "1e3",
+        "٣",
+        "  ",
+        " a ",
+        "?",
+        "[a]",
+        "[^a]",
+        "\\*",
+        "^$()%.[]*+-?",
+        "%b{}",
+        "%w+",
+        "$-1",
+        "*0",
+    ),
 )
 REFUSED_NAMES = (
     *("", ".", "..", "x" * 256, "é" * 128, "x" * 10_000),
     *("a\nb", "\n", "a\0b", "\0", "\x1f", "\x7f", "\u0085", "a\tb", "}\n{other}", "\r\n*1\r\n$8\r\nFLUSHALL\r\n"),
+    *("a\r\n$1\r\nb\r\n", "\r\nSET x 1\r\n", "a\r", "\n\n", "a\x1b[2J"),
     *(b"\xff", b"a\xc3", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xc0\xaf"),
     *("0", "007", str(MAX_ID + 1), "9" * 16, "1" * 17, "1" * 300),
 )
@@ -1036,6 +1054,36 @@ def test_integers_cannot_be_chosen(realm: Realm) -> None:
     assert realm.refusal("create", 0, "17", "", "", "") == (
         "INVALID a name of digits only is an integer channel, and those are handed out"
     )
+
+
+@pytest.mark.parametrize(
+    "odd", ["-1", "1.5", "1e3", "0x10", "nan", "inf", "x", " 1", "1\n", str(MAX_ID + 1), "9" * 400, "é"]
+)
+def test_numbers_that_are_none(realm: Realm, odd: str) -> None:
+    """Are refused before anything is done, so that none is written that nobody can read."""
+    id = realm.publish("a")
+    realm.attach()
+    good = ("0", "1", "1", "1", "1", "1", "1", "1", "1")
+    before = realm.client.hgetall(realm.key)
+
+    calls: list[tuple[str | int, ...]] = [
+        ("renew", 0, "a", odd),
+        ("read", 0, "me", "t", "a", odd),
+        ("witness", 0, "", odd),
+    ]
+    for wrong in range(3):
+        calls.append(("create", 0, "b", *(odd if at == wrong else "" for at in range(3))))
+    for wrong in range(9):
+        calls.append(("attach", 0, "", 0, *(odd if at == wrong else number for at, number in enumerate(good))))
+    for function, *words in calls:
+        assert realm.refusal(str(function), *words).startswith("INVALID an argument that must be a whole number"), words
+    assert realm.client.hgetall(realm.key) == before
+    assert ids(realm.read("a")) == [id]
+
+
+def test_a_channel_keeps_at_least_one_message(realm: Realm) -> None:
+    """Also if it was asked for none."""
+    assert realm.refusal("create", 0, "a", "", "", 0).startswith("INVALID an argument that must be a whole number")
 
 
 def test_making_and_closing_is_announced(realm: Realm) -> None:
