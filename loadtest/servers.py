@@ -247,7 +247,7 @@ class PushUp(Server):
 
     def parked(self) -> int:
         status, text = self._get(self._admin_port, "/metrics")
-        found = re.search(r"^pushup_parked_polls (\S+)$", text, re.MULTILINE)
+        found = re.search(r'^pushup_parked_polls{realm="default"} (\S+)$', text, re.MULTILINE)
         if status != 200 or found is None:
             raise ServerError("PushUp's /metrics does not say pushup_parked_polls")
         return int(float(found[1]))

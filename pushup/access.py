@@ -144,7 +144,7 @@ class TokenRules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     jwks_url: str | None = None
     issuer: str | None = None
     audience: str | None = None
-    cookie: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]+$")] = "pushup_token"
+    cookie: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]+\Z")] = "pushup_token"
     publish: bool = False
     leeway: Annotated[float, Meta(ge=0, le=300)] = 0.0
 

@@ -43,8 +43,8 @@ GROUPS: Final = {
         "poll_timeout",
         "poll_timeout_max",
         "poll_jitter",
-        "poll_channels_max",
         "polls_per_token_max",
+        "poll_channels_max",
         "answer_bytes_max",
     ),
     "publications": (
@@ -87,7 +87,7 @@ and where each comes from. A wrong setting is named in a sentence, and the exit 
 LARGE_BLOCK_BYTES: Final = 128 * 1024
 _M_MMAP_THRESHOLD: Final = -3
 
-HELP_COLUMN: Final = 36
+HELP_COLUMN: Final = 44
 """Where the descriptions begin: beside the longest flag."""
 
 
@@ -145,7 +145,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         group = parser.add_argument_group(title)
         for name in names:
             field = FIELDS[name]
-            help = f"{field.description} [{show(name, field.default)}]".replace("%", "%%")
+            help = f"{field.description} [{show(name, field.default) or 'none'}]".replace("%", "%%")
             if isinstance(field.default, bool):
                 group.add_argument(field.flag, dest=name, nargs="?", const="true", metavar=field.shown, help=help)
             else:

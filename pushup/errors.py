@@ -142,7 +142,7 @@ class ChannelExists(PushUpError):
 
 
 class TooLarge(PushUpError):
-    """A body or a message is over its limit."""
+    """A body, a message or a list is over its limit."""
 
     status = 413
     code = "too_large"

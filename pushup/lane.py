@@ -18,11 +18,12 @@ from time import time
 from typing import Final, NamedTuple, Protocol, cast
 
 from pushup.clients import Client, parse_proxy_header
-from pushup.errors import PROBLEM_TYPE, HeadTooLarge, InvalidRequest, PushUpError, TokenExpired
+from pushup.errors import PROBLEM_TYPE, HeadTooLarge, InvalidRequest, OriginNotAllowed, PushUpError, TokenExpired
 from pushup.head import Head, Way, is_malformed, parse_head
 from pushup.hub import Subscription
 from pushup.messages import Answer, Poll
 from pushup.node import Node
+from pushup.origins import NOT_ALLOWED
 from pushup.realm import Realm
 from pushup.sender import NOBODY, Sender
 from pushup.service import Seat, Service
@@ -533,6 +534,8 @@ class Lane(asyncio.Protocol):
         sender = self._sender = service.sender(head.headers)
         try:
             if head.method == b"POST":
+                if sender.foreign:
+                    raise OriginNotAllowed(NOT_ALLOWED)
                 if head.query:
                     raise InvalidRequest("a poll is in the query or in the body, not both")
                 realm = self._find(head.realm, sender, None)

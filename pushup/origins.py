@@ -8,6 +8,7 @@ import re
 from typing import Final
 
 ANY: Final = "*"
+NOT_ALLOWED: Final = "pages of this origin may not use this service; its cors_origins do not name it"
 PREFLIGHT_MAX_AGE_S: Final = 7200
 """The most that Chromium keeps."""
 

@@ -77,6 +77,8 @@ class Realm:
         elif grant.expires <= now:
             del self._grants[secret]
             raise TokenExpired("the token has expired")
+        if not grant.token and sender.key is None:
+            raise Unauthorized(NOT_GOOD)  # URLs and cookies are no places for a key.
         return grant
 
     async def meet(self, sender: Sender, token: str | None, now: float) -> Grant:

@@ -80,7 +80,10 @@ def read_realms(settings: Settings) -> Mapping[str, tuple[Settings, RealmRules |
     found = parse_access(text, file)
     if settings.realm not in found:
         raise SettingsError(f"the access file {file} does not say who may use the realm {settings.realm}")
-    return {name: (for_realm(settings, name, rules.settings, file), rules) for name, rules in found.items()}
+    return {
+        name: (for_realm(settings, name, rules.settings, f"realm {name} in {file}"), rules)
+        for name, rules in found.items()
+    }
 
 
 def make_tls(settings: Settings) -> ssl.SSLContext | None:

@@ -39,7 +39,7 @@ OriginList = Annotated[
 Name = Annotated[
     str,
     Meta(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z",
         extra={"must": "be 1 to 64 letters, digits, dots, dashes and underscores", "shown": "NAME"},
     ),
 ]
@@ -78,9 +78,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     realm: Annotated[Name, Meta(description="the tenant whose paths have no prefix")] = "default"
     name: Annotated[Name, Meta(description="this node in lists; auto is HOSTNAME and some letters")] = "auto"
     workers: Annotated[Count, Meta(description="node processes that share the port; more than one needs Redis")] = 1
+    demo: Annotated[Switch, Meta(description="serve the question board at /")] = False
+
     access: Annotated[File, Meta(description="who may do what: keys and tokens of each realm (TOML)")] = ""
     insecure: Annotated[Switch, Meta(description="allow listening beyond this machine although access is open")] = False
-    demo: Annotated[Switch, Meta(description="serve the question board at /")] = False
     tls_certificate: Annotated[File, Meta(description="serve HTTPS with this certificate chain (PEM)")] = ""
     tls_key: Annotated[File, Meta(description="the private key of the certificate (PEM)")] = ""
     cors_origins: Annotated[OriginList, Meta(description="pages of these origins may use this node; * is any")] = ""
@@ -100,9 +101,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     message_bytes_max: Annotated[Bytes, Meta(description="most bytes of data in one message")] = 64 * 1024
     publish_channels_max: Annotated[Count, Meta(description="most channels of one publication")] = 100
+    publish_batch_max: Annotated[Count, Meta(description="most publications in one request")] = 1000
     publish_rate_max: Annotated[Count, Meta(description="most publications per second with one key")] = 10_000
     token_publish_rate_max: Annotated[Count, Meta(description="most publications per second with one token")] = 10
-    publish_batch_max: Annotated[Count, Meta(description="most publications in one request")] = 1000
     idempotency_window: Annotated[Seconds, Meta(description="how long a publication's key is remembered")] = 300.0
 
     channel_ttl: Annotated[PositiveSeconds, Meta(description="a channel nobody publishes to closes after this")] = (
@@ -113,7 +114,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     channel_implicit: Annotated[
         Switch, Meta(description="a named channel comes into being when first published to")
     ] = True
-
     realm_bytes_max: Annotated[Bytes, Meta(description="most bytes of messages kept in one realm")] = 256 * 1024 * 1024
 
     backlog_messages: Annotated[Count, Meta(description="most messages this node keeps of a watched channel")] = 1000
@@ -121,14 +121,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     connections_per_address_max: Annotated[Count, Meta(description="most connections of one client address")] = 1000
     head_bytes_max: Annotated[Bytes, Meta(description="most bytes of a request's line and header fields")] = 16 * 1024
     body_bytes_max: Annotated[Bytes, Meta(description="most bytes in the body of one request")] = 4 * 1024 * 1024
-    request_timeout: Annotated[PositiveSeconds, Meta(description="how long a client may take to send a request")] = 15.0
-    write_timeout: Annotated[PositiveSeconds, Meta(description="how long a client may take to read an answer")] = 30.0
     write_buffer_bytes_max: Annotated[
         Bytes, Meta(description="a client with more than this to read is not answered on")
     ] = 64 * 1024
     unread_bytes_max: Annotated[Bytes, Meta(description="most bytes that all clients together leave unread")] = (
         256 * 1024 * 1024
     )
+    request_timeout: Annotated[PositiveSeconds, Meta(description="how long a client may take to send a request")] = 15.0
+    write_timeout: Annotated[PositiveSeconds, Meta(description="how long a client may take to read an answer")] = 30.0
     keepalive_timeout: Annotated[PositiveSeconds, Meta(description="idle connections are closed after this")] = 75.0
     broker_timeout: Annotated[PositiveSeconds, Meta(description="how long to wait for the broker")] = 5.0
     drain_window: Annotated[Seconds, Meta(description="on SIGTERM, parked polls are answered over this time")] = 10.0

@@ -19,6 +19,7 @@ from pushup.access import Grant
 from pushup.errors import InvalidRequest, OriginNotAllowed, PushUpError, RequestTimeout, TokenExpired
 from pushup.lane import Lane, Lanes, abort
 from pushup.messages import Answer, Poll, Publication
+from pushup.origins import NOT_ALLOWED
 from pushup.problems import problem_response, translate
 from pushup.realm import Realm
 from pushup.sender import Sender
@@ -53,7 +54,7 @@ _LINGERING_S: Final = 2.0
 _VERSIONS: Final = (HttpVersion10, HttpVersion11)
 _SAFE: Final = frozenset(("GET", "HEAD", "OPTIONS"))
 
-SENDER: Final = "pushup.sender"
+SENDER: Final = web.RequestKey("sender", Sender)
 """Under this name a request has its Sender."""
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -208,7 +209,9 @@ def make_app(service: Service) -> web.Application:
             log.exception("a request failed", extra={"method": request.method, "path": request.path})
             response = refuse(PushUpError(_FAILED))
         response.headers.setdefault("Cache-Control", "no-store")
-        if service.closing or service.root.node.draining:
+        # What comes after a CONNECT is a tunnel's to a proxy, and after a chunked HTTP/1.0 request nobody knows what.
+        ends_here = request.method == "CONNECT" or _is_ambiguous(request)
+        if ends_here or service.closing or service.root.node.draining:
             response.force_close()
         return response
 
@@ -217,6 +220,8 @@ def make_app(service: Service) -> web.Application:
         """What a page of another origin may do here: what the settings say."""
         if request.version not in _VERSIONS:
             raise InvalidRequest("HTTP is spoken here in the versions 1.0 and 1.1")
+        if _is_ambiguous(request):
+            raise InvalidRequest("HTTP/1.0 has no Transfer-Encoding")
         sender = request[SENDER] = service.sender([(name.lower(), value) for name, value in request.raw_headers])
         origin = request.headers.get("Origin")
         if request.method == "OPTIONS" and origin is not None and "Access-Control-Request-Method" in request.headers:
@@ -225,7 +230,7 @@ def make_app(service: Service) -> web.Application:
                 return web.Response(status=204, headers=headers)
         changes = request.method not in _SAFE or request.headers.get("Upgrade", "").lower() == "websocket"
         if sender.foreign and changes:
-            raise OriginNotAllowed("pages of this origin may not use this service; its cors_origins do not name it")
+            raise OriginNotAllowed(NOT_ALLOWED)
         return await handler(request)
 
     async def finish_headers(request: web.Request, response: web.StreamResponse) -> None:
@@ -247,6 +252,10 @@ def make_app(service: Service) -> web.Application:
         app.router.add_post(f"{realm}/channels/{{channel:[^/]+}}/renew", api.renew)
     app.router.add_get("/openapi.json", api.openapi)
     return app
+
+
+def _is_ambiguous(request: web.Request) -> bool:
+    return request.version == HttpVersion10 and "Transfer-Encoding" in request.headers
 
 
 class _Waiter:

@@ -158,7 +158,7 @@ def _poll(parameter: str, channels: list[str], start: int, end: int, timeout: fl
         raise InvalidParameter(parameter, "a poll names at least one channel")
     if len(channels) > 1:
         if len(channels) > settings.poll_channels_max:
-            raise InvalidParameter(parameter, f"a poll names at most {settings.poll_channels_max} channels")
+            raise TooLarge(f"a poll names at most {settings.poll_channels_max} channels")
         channels = list(dict.fromkeys(channels))
     if start > end:
         raise InvalidParameter("start", "start lies after end, so the range is empty")
@@ -221,7 +221,7 @@ def parse_publication(body: bytes, settings: Settings, key: str | None = None) -
     if not fields.channels:
         raise InvalidParameter("channels", "a publication names at least one channel")
     if len(fields.channels) > settings.publish_channels_max:
-        raise InvalidParameter("channels", f"a publication names at most {settings.publish_channels_max} channels")
+        raise TooLarge(f"a publication names at most {settings.publish_channels_max} channels")
     channels = tuple(dict.fromkeys(_channels(fields.channels)))
     data = bytes(fields.data)
     if len(data) > settings.message_bytes_max:

@@ -95,7 +95,7 @@ def answer(connection: HTTPConnection) -> tuple[int, Any]:
 def wait_for_parked(process: Process, count: int) -> None:
     for _ in range(1000):
         with requesting(process.admin_address, "/metrics") as connection:
-            if f"pushup_parked_polls {count}.0\n" in connection.getresponse().read().decode():
+            if f'pushup_parked_polls{{realm="default"}} {count}.0\n' in connection.getresponse().read().decode():
                 return
         time.sleep(0.005)
     raise AssertionError(f"{count} polls never parked")
@@ -137,7 +137,7 @@ def test_help_has_a_line_for_every_setting(
     text = " ".join(help_of(command, monkeypatch, capsys).split())
 
     assert f"{field.flag} " in text
-    assert f"{field.description} [{show(field.name, field.default)}]" in text
+    assert f"{field.description} [{show(field.name, field.default) or 'none'}]" in text
 
 
 def test_help_fits_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,7 +146,7 @@ def test_help_fits_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
     flags = [line for line in lines if line.startswith("  --")]
     assert len(flags) == len(FIELDS) + 1
-    assert {len(re.match(r"  \S.*?  +", line)[0]) for line in flags} == {33}  # type: ignore[index]
+    assert {len(re.match(r"  \S.*?  +", line)[0]) for line in flags} == {40}  # type: ignore[index]
     assert max(map(len, lines)) <= 120
     assert lines[0] == "usage: pushup serve [--config FILE] [--SETTING VALUE]..."
 

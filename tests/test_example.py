@@ -416,7 +416,7 @@ def parked_polls(admin_address: str) -> int:
     connection = http.client.HTTPConnection(admin_address, timeout=PATIENCE_S)
     try:
         connection.request("GET", "/metrics")
-        found = re.search(rb"^pushup_parked_polls (\d+)", connection.getresponse().read(), re.MULTILINE)
+        found = re.search(rb'^pushup_parked_polls{realm="default"} (\d+)', connection.getresponse().read(), re.MULTILINE)
         assert found is not None
         return int(found[1])
     finally:

@@ -230,7 +230,7 @@ def test_the_query_of_a_poll_is_left_as_it_came(target: bytes, query: str) -> No
 @pytest.mark.parametrize("data", [head(PUBLISH), head(GET, b"Content-Length: 1"), head(GET, host=b"")])
 def test_what_is_no_poll_has_no_query(data: bytes) -> None:
     """Only a request that takes the lane has a query."""
-    assert parse_head(data).query is None
+    assert parse_head(data).query == ""
 
 
 @pytest.mark.parametrize(
@@ -328,8 +328,36 @@ def test_nothing_makes_it_raise(data: bytes) -> None:
     assert 0 <= parsed.length < 2**64
 
 
-def test_the_lane_is_stricter_than_any_line_limit() -> None:
-    """A head that the lane takes cannot have a line that the web side would refuse as too long."""
-    aiohttp_line_max = 8190
+@pytest.mark.parametrize(
+    ("target", "realm"),
+    [
+        (b"/poll?channel=a", ""),
+        (b"/realms/shop/poll?channel=a", "shop"),
+        (b"/realms/a.b-c_9/poll", "a.b-c_9"),
+        (b"/realms/%s/poll" % (b"x" * 64), "x" * 64),
+    ],
+)
+def test_the_realm_of_a_poll_is_in_its_path(target: bytes, realm: str) -> None:
+    """A path without a realm is the root's."""
+    parsed = parse_head(head(b"GET " + target + b" HTTP/1.1"))
 
-    assert aiohttp_line_max >= HEAD_BYTES_MAX
+    assert (parsed.way, parsed.realm) == (Way.POLL, realm)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        b"/realms//poll",
+        b"/realms/a/b/poll",
+        b"/realms/%61/poll",
+        b"/realms/../poll",
+        b"/realms/a/poll/",
+        b"/realms/%s/poll" % (b"x" * 65),
+        b"/realm/a/poll",
+        b"//realms/a/poll",
+        b"/realms/a/poll#x",
+    ],
+)
+def test_an_odd_realm_is_the_web_sides(target: bytes) -> None:
+    """The lane serves a realm only under the plain form of its name."""
+    assert parse_head(head(b"GET " + target + b" HTTP/1.1")).way is Way.LEND

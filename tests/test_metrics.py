@@ -12,8 +12,8 @@ from pushup.errors import ChannelNotFound, InvalidParameter, PushUpError, Settin
 from pushup.metrics import CONTENT_TYPE, LAG_BUCKETS_S, Histogram, Metrics
 from tests.support import connected, parked, running
 
-LABELS = {"reason", "code", "side", "outcome", "le"}
-"""Each with a small, fixed set of values. Never a channel or anything else that users choose."""
+LABELS = {"reason", "code", "side", "outcome", "le", "realm"}
+"""Each with a small set of values that operators choose. Never a channel or anything else that users choose."""
 
 
 def families(metrics: Metrics) -> dict[str, Metric]:
@@ -73,6 +73,19 @@ class TestHistogram:
         assert list(buckets(Histogram()))[: len(LAG_BUCKETS_S)] == [str(bound) for bound in LAG_BUCKETS_S]
 
 
+def test_realms_are_counted_apart() -> None:
+    """Each realm has samples of its own."""
+    metrics = Metrics()
+    metrics.realm("one").messages_delivered = 1
+    metrics.realm("other").messages_delivered = 2
+
+    shown = samples(metrics)
+
+    assert shown['pushup_messages_delivered_total{realm="one"}'] == 1
+    assert shown['pushup_messages_delivered_total{realm="other"}'] == 2
+    assert metrics.realm("one") is metrics.realms["one"]
+
+
 class TestConventions:
     def test_names(self) -> None:
         """Prefix, words in lower case, base units; only counters are totals, and all counters are."""
@@ -120,14 +133,16 @@ class TestConventions:
 
     def test_counters_are_there_before_they_count(self) -> None:
         """Every label value starts at 0, so that the first event is an increase."""
-        shown = samples(Metrics())
+        metrics = Metrics()
+        metrics.realm("default")
+        shown = samples(metrics)
 
         for reason in ("message", "timeout", "gap", "closed", "drain", "gone", "error"):
-            assert shown[f'pushup_polls_ended_total{{reason="{reason}"}}'] == 0
+            assert shown[f'pushup_polls_ended_total{{realm="default",reason="{reason}"}}'] == 0
         for code in ("invalid_request", "channel_not_found", "unavailable", "internal_error"):
             assert shown[f'pushup_requests_refused_total{{code="{code}"}}'] == 0
         assert f'pushup_requests_refused_total{{code="{SettingsError.code}"}}' not in shown
-        assert all(value == 0 for name, value in shown.items() if not name.startswith("pushup_ready"))
+        assert all(value == 0 for name, value in shown.items() if not name.startswith('pushup_ready{realm="default"}'))
 
     def test_the_process_is_measured(self) -> None:
         """Memory, processor time and file descriptors, by the names everybody's dashboards know."""
@@ -139,50 +154,54 @@ class TestConventions:
         """Nothing is registered for the whole process: tests and embedders may have many."""
         one, other = Metrics(), Metrics()
 
-        one.publications = 1
+        one.realm("default").publications = 1
+        other.realm("default")
 
-        assert samples(one)['pushup_publications_total{outcome="stored"}'] == 1
-        assert samples(other)['pushup_publications_total{outcome="stored"}'] == 0
+        assert samples(one)['pushup_publications_total{outcome="stored",realm="default"}'] == 1
+        assert samples(other)['pushup_publications_total{outcome="stored",realm="default"}'] == 0
         assert isinstance(one._registry, CollectorRegistry)
 
 
 def test_what_is_counted_is_shown() -> None:
     """Every attribute has its sample."""
     metrics = Metrics()
-    metrics.answers["message"] = 1
-    metrics.messages_delivered = 2
-    metrics.publications, metrics.publications_duplicate, metrics.publications_refused = 3, 4, 5
-    metrics.broker_reads, metrics.broker_read_errors = 6, 7
+    realm = metrics.realm("default")
+    realm.answers["message"] = 1
+    realm.messages_delivered = 2
+    realm.publications, realm.publications_duplicate, realm.publications_refused = 3, 4, 5
+    realm.broker_reads, realm.broker_read_errors = 6, 7
+    metrics.connections_cut["slow"] = 16
     metrics.connections_opened, metrics.connections_closed = 8, 3
     metrics.requests_lane, metrics.requests_web = 9, 10
-    metrics.parked, metrics.channels, metrics.ready = 11, 12, True
-    metrics.lag.observe(0.5, 14)
+    realm.parked, realm.channels, realm.ready = 11, 12, True
+    realm.lag.observe(0.5, 14)
     metrics.loop_lag.observe(0.25, 15)
 
     shown = samples(metrics)
 
     assert {name: value for name, value in shown.items() if value and "_bucket" not in name} == {
-        'pushup_polls_ended_total{reason="message"}': 1,
-        "pushup_messages_delivered_total": 2,
-        'pushup_publications_total{outcome="stored"}': 3,
-        'pushup_publications_total{outcome="duplicate"}': 4,
-        'pushup_publications_total{outcome="refused"}': 5,
-        "pushup_broker_reads_total": 6,
-        "pushup_broker_read_errors_total": 7,
+        'pushup_polls_ended_total{realm="default",reason="message"}': 1,
+        'pushup_messages_delivered_total{realm="default"}': 2,
+        'pushup_publications_total{outcome="stored",realm="default"}': 3,
+        'pushup_publications_total{outcome="duplicate",realm="default"}': 4,
+        'pushup_publications_total{outcome="refused",realm="default"}': 5,
+        'pushup_broker_reads_total{realm="default"}': 6,
+        'pushup_broker_read_errors_total{realm="default"}': 7,
         "pushup_connections_opened_total": 8,
+        'pushup_connections_cut_total{reason="slow"}': 16,
         'pushup_requests_total{side="lane"}': 9,
         'pushup_requests_total{side="web"}': 10,
-        "pushup_parked_polls": 11,
-        "pushup_watched_channels": 12,
+        'pushup_parked_polls{realm="default"}': 11,
+        'pushup_watched_channels{realm="default"}': 12,
         "pushup_open_connections": 5,
-        "pushup_ready": 1,
-        "pushup_delivery_lag_seconds_count": 14,
-        "pushup_delivery_lag_seconds_sum": 7,
+        'pushup_ready{realm="default"}': 1,
+        'pushup_delivery_lag_seconds_count{realm="default"}': 14,
+        'pushup_delivery_lag_seconds_sum{realm="default"}': 7,
         "pushup_event_loop_lag_seconds_count": 15,
         "pushup_event_loop_lag_seconds_sum": 3.75,
     }
-    assert shown['pushup_delivery_lag_seconds_bucket{le="0.25"}'] == 0
-    assert shown['pushup_delivery_lag_seconds_bucket{le="0.5"}'] == 14
+    assert shown['pushup_delivery_lag_seconds_bucket{le="0.25",realm="default"}'] == 0
+    assert shown['pushup_delivery_lag_seconds_bucket{le="0.5",realm="default"}'] == 14
     assert shown['pushup_event_loop_lag_seconds_bucket{le="+Inf"}'] == 15
 
 
@@ -214,15 +233,15 @@ async def test_a_server_counts() -> None:
 
         shown = samples(server.metrics)
 
-        assert shown['pushup_polls_ended_total{reason="message"}'] == 1
-        assert shown["pushup_messages_delivered_total"] == 1
-        assert shown['pushup_publications_total{outcome="stored"}'] == 1
-        assert shown['pushup_publications_total{outcome="duplicate"}'] == 1
+        assert shown['pushup_polls_ended_total{realm="default",reason="message"}'] == 1
+        assert shown['pushup_messages_delivered_total{realm="default"}'] == 1
+        assert shown['pushup_publications_total{outcome="stored",realm="default"}'] == 1
+        assert shown['pushup_publications_total{outcome="duplicate",realm="default"}'] == 1
         assert shown['pushup_requests_refused_total{code="invalid_parameter"}'] == 1
         assert shown['pushup_requests_refused_total{code="not_found"}'] == 1
         assert shown['pushup_requests_total{side="lane"}'] == 2
         assert shown['pushup_requests_total{side="web"}'] == 3
         assert shown["pushup_connections_opened_total"] == 2
-        assert shown["pushup_delivery_lag_seconds_count"] == 1
-        assert 0 <= shown["pushup_delivery_lag_seconds_sum"] < 10
+        assert shown['pushup_delivery_lag_seconds_count{realm="default"}'] == 1
+        assert 0 <= shown['pushup_delivery_lag_seconds_sum{realm="default"}'] < 10
         assert math.isfinite(shown["pushup_event_loop_lag_seconds_sum"])

@@ -21,6 +21,8 @@ from pushup.memory import MemoryBroker
 from pushup.messages import KEY_LENGTH_MAX, MAX_ID, MAX_NAME_BYTES, NESTING_MAX
 from pushup.metrics import Metrics
 from pushup.node import Node
+from pushup.realm import Realm
+from pushup.service import Service
 from pushup.settings import Settings
 from pushup.web import make_app
 from pushup.wire import SECONDS_MAX
@@ -106,8 +108,9 @@ def test_the_version_is_the_packages() -> None:
 
 async def test_the_paths_are_the_servers() -> None:
     """Every route of the server is described, and nothing else. HEAD comes with GET and goes without saying."""
-    node = Node(MemoryBroker(), Settings(), Metrics())
-    app = make_app(node, 1, Metrics())
+    metrics = Metrics()
+    realm = Realm(Node(MemoryBroker(), Settings(), metrics), None)
+    app = make_app(Service(Settings(), metrics, {"default": realm}))
 
     routes = {
         (route.resource.canonical, route.method.lower())
@@ -115,7 +118,10 @@ async def test_the_paths_are_the_servers() -> None:
         if route.resource is not None and route.method != "HEAD"
     }
 
-    assert {(path, method) for path, method, _ in operations()} == routes
+    described = {(path, method) for path, method, _ in operations()}
+    prefix = "/realms/{realm}"
+    assert {server["url"] for server in DOCUMENT["servers"]} == {"/", prefix}
+    assert routes == described | {(prefix + path, method) for path, method in described if path != "/openapi.json"}
 
 
 def test_every_operation_is_explained() -> None:
@@ -131,10 +137,12 @@ def test_every_operation_is_explained() -> None:
 def test_nothing_is_left_over() -> None:
     """Every component is used."""
     text = json.dumps(DOCUMENT)
+    ways_in = {name for _, _, operation in operations() for way in operation["security"] for name in way}
 
     for kind, components in DOCUMENT["components"].items():
         for name in components:
-            assert f'"#/components/{kind}/{name}"' in text, name
+            used = name in ways_in if kind == "securitySchemes" else f'"#/components/{kind}/{name}"' in text
+            assert used, name
 
 
 def test_what_is_required_is_described() -> None:

@@ -90,6 +90,9 @@ def test_every_setting_is_documented(field: Field) -> None:
         "LEVEL",
         "FORMAT",
         "NAME",
+        "FILE",
+        "NETWORKS",
+        "ORIGINS",
     }
 
 

@@ -148,7 +148,7 @@ def is_ready(admin_address: str) -> bool:
 def parked(admin_address: str) -> int:
     with requesting(admin_address, "/metrics") as connection:
         text = connection.getresponse().read().decode()
-    (count,) = re.findall(r"^pushup_parked_polls (\d+)\.0$", text, re.MULTILINE)
+    (count,) = re.findall(r'^pushup_parked_polls{realm="[^"]+"} (\d+)\.0$', text, re.MULTILINE)
     return int(count)
 
 
