@@ -13,7 +13,7 @@ from typing import Any, Final
 import pytest
 import redis
 
-from pushup import Publisher
+from pushup import AsyncPublisher, Publisher
 from pushup.errors import BrokerRefused, ChannelNotFound, InvalidRequest, PushUpError, RealmFull, Unavailable
 from pushup.library import LOAD, SOURCE, Library
 from pushup.messages import ChannelOptions, Publication, Receipt, Retention
@@ -239,6 +239,32 @@ async def test_a_node_need_not_load_functions(server: Server) -> None:
 
     with pytest.raises(Unavailable, match="cannot reach the broker"):
         await broker.start(Recorder())
+
+
+async def test_a_node_of_a_cluster_or_of_another_database(server: Server, tmp_path: Path) -> None:
+    """Needs one permission more: to ask where the realm is, or to choose the database. So does a publisher."""
+    for user in ("node", "publisher"):
+        server.allow(user, "+select")
+    broker = RedisBroker(
+        parse_servers(f"{server.url('node')}/3"), "default", Retention(), node="me", timeout=PATIENCE_S
+    )
+    await broker.start(Recorder())
+    async with AsyncPublisher(f"{server.url('publisher')}/3", timeout=PATIENCE_S) as publisher:
+        elsewhere = await publisher.publish("a", 1)
+    assert [message.id for message in (await watch(broker, "a")).messages] == [elsewhere]
+    await broker.stop()
+
+    with RedisServer(tmp_path, "cluster-enabled yes") as process, closing(Server(process)) as cluster:
+        cluster.operator.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+        for user in ("node", "publisher"):
+            cluster.allow(user, "+cluster|slots")
+        url = cluster.url("node").replace("redis:", "redis+cluster:")
+        broker = RedisBroker(parse_servers(url), "default", Retention(), node="me", timeout=PATIENCE_S)
+        await broker.start(Recorder())
+        async with AsyncPublisher(url.replace("node", "publisher").replace("NODE", "PUBLISHER")) as publisher:
+            id = await publisher.publish("a", 1)
+        assert [message.id for message in (await watch(broker, "a")).messages] == [id]
+        await broker.stop()
 
 
 # What a node may not
