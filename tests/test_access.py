@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import pushup.access
 from pushup.access import (
     ALL,
     KEY_PREFIX,
@@ -223,7 +222,7 @@ def test_every_key_is_compared_in_constant_time(position: int, monkeypatch: pyte
         compared.append((one, other))
         return one == other
 
-    monkeypatch.setattr(pushup.access.hmac, "compare_digest", compare)
+    monkeypatch.setattr("hmac.compare_digest", compare)
     found = Keys([key_rules(str(number), key) for number, key in enumerate(keys)]).find(keys[position])
     assert found is not None
     assert found.name == str(position)
