@@ -216,7 +216,7 @@ def parse_jwks(text: bytes) -> Mapping[str | None, SigningKey]:
             continue
         try:
             material = jwt.PyJWK(each).key
-        except (jwt.PyJWTError, ValueError, TypeError, KeyError):
+        except (jwt.PyJWTError, ValueError, TypeError, KeyError, NotImplementedError):
             continue
         algorithm = _algorithm(material)
         if algorithm is not None and each.get("alg", algorithm) == algorithm and (kid is None or isinstance(kid, str)):
