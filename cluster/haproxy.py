@@ -17,7 +17,7 @@ SEE_S: Final = 20.0
 ASK_S: Final = 5.0
 
 SOCKET: Final = "haproxy.sock"
-PATHS: Final = "/poll /events /ws"
+PATHS: Final = "^(/realms/[^/]+)?/(poll|events|ws)$"
 HTTP_NODES: Final = "nodes"
 TCP_NODES: Final = "nodes-tcp"
 
@@ -70,7 +70,7 @@ frontend public
     option idle-close-on-response
     option forwardfor
     # Exactly these: publishing is for back ends.
-    acl polls path {paths}
+    acl polls path_reg {paths}
 {otherwise}    use_backend {http_nodes} if polls
 
 backend {http_nodes}
@@ -81,7 +81,7 @@ backend {http_nodes}
     # says something else the second time, and would skip what was published in between. Nothing else is repeated,
     # except where no connection came about.
     retry-on conn-failure empty-response
-    http-request disable-l7-retry unless METH_GET {{ path /poll }} {{ urlp(start) -m reg ^[0-9]+$ }}
+    http-request disable-l7-retry unless METH_GET {{ path_reg ^(/realms/[^/]+)?/poll$ }} {{ urlp(start) -m reg ^[0-9]+$ }}
     timeout tunnel 1h
 {check}{servers}
 {example}

@@ -103,7 +103,7 @@ def make_parser() -> argparse.ArgumentParser:
     key = commands.add_parser(
         "key",
         help="make a key for a publisher",
-        description="Make a key: it is printed once, with the lines for the access file, which has only its hash.",
+        description="Make a key, shown once on stderr. The lines for the access file, with its hash, go to stdout.",
     )
     key.add_argument("name", nargs="?", default="backend", help="what to call it in the access file [backend]")
     for command, help, description in (
@@ -244,9 +244,10 @@ def _announce(settings: Settings, address: str, admin_address: str) -> None:
 
 
 def print_key(name: str) -> None:
-    """A new key, and what the access file is to say of it."""
+    """A new key on the terminal (stderr), and what the access file is to say of it on stdout."""
     key = make_key()
-    print(f"key   {key}\n\n[[realms.default.keys]]\nname = {json.dumps(name)}\nhash = {json.dumps(hash_key(key))}")
+    print(f"the key, which is shown this once: {key}", file=sys.stderr)
+    print(f"[[realms.default.keys]]\nname = {json.dumps(name)}\nhash = {json.dumps(hash_key(key))}")
     print('actions = ["publish", "manage"]\nchannels = ["*"]')
 
 

@@ -9,6 +9,7 @@ A parked poll costs this object, its subscription and the transport: no task, no
 """
 
 import asyncio
+import logging
 import struct
 from collections.abc import Callable
 from email.utils import formatdate
@@ -30,11 +31,15 @@ from pushup.service import Seat, Service
 from pushup.tokens import KeysNeeded
 from pushup.wire import find_token, parse_poll_body, parse_poll_query
 
+log = logging.getLogger("pushup.lane")
+
 POLL_BODY_BYTES_MAX: Final = 64 * 1024
 """A longer body of a poll is read by the web side."""
 
 AHEAD_BYTES_MAX: Final = 64 * 1024
 """How much a client may send ahead of an answer before its connection is no longer read."""
+
+WARNING_PAUSE_S: Final = 60.0
 
 CUT_AT_ONCE: Final = 50
 """Connections that are cut in one turn of the event loop."""
@@ -155,6 +160,7 @@ class Lanes:
         self._unread: dict[Lane | WebConnection, int] = {}
         """What clients were sent and do not read, in bytes; who began it first comes first."""
         self._unread_bytes = 0
+        self._warn_again = 0.0
         self.date = b""
         self.tick()
 
@@ -185,6 +191,15 @@ class Lanes:
         """Close a connection now, to make an end of what its client does."""
         self.metrics.connections_cut[why] += 1
         connection.abort()
+
+    def warn_of(self, client: Client) -> None:
+        """Say that an address has too many connections, now and then."""
+        now = self.loop.time()
+        if now >= self._warn_again:
+            self._warn_again = now + WARNING_PAUSE_S
+            log.warning(
+                "too many connections; if this is a proxy, name it in trusted_proxies", extra={"address": client.key}
+            )
 
     def leaves_unread(self, connection: "Lane | WebConnection", size: int) -> None:
         """The client does not read, and has `size` bytes to. If all have too many, who has not read longest is cut."""
@@ -501,6 +516,7 @@ class Lane(asyncio.Protocol):
         if clients.is_flooding(self._client):
             self._lanes.cut(self, "flood")
         elif clients.is_over(self._client):
+            self._lanes.warn_of(self._client)
             self._state = REFUSED
             self._since = self._lanes.loop.time()
 
@@ -586,6 +602,7 @@ class Lane(asyncio.Protocol):
             clients = lanes.service.clients
             client = clients.enter(sender.forwarded)
             if clients.is_over(client):
+                lanes.warn_of(client)
                 clients.leave(client)
                 self._write_error(clients.refusal(client))
                 return

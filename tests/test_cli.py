@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from pushup import __version__
+from pushup.access import Keys, parse_access
 from pushup.cli import GROUPS, main, make_parser
 from pushup.settings import FIELDS, Field, show
 from tests.support import PATIENCE_S
@@ -157,6 +158,21 @@ def test_help_says_the_three_ways(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
     assert text.index("--poll-timeout 30") < text.index("PUSHUP_POLL_TIMEOUT=30") < text.index("poll_timeout = 30")
     assert "PUSHUP_CONFIG" in text
+
+
+def test_a_new_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is shown once, away from the lines for the access file, which are good as they are and hold only its hash."""
+    assert main(["key", 'the "backend"']) == 0
+    shown = capsys.readouterr()
+    assert main(["key"]) == 0
+    assert capsys.readouterr().err != shown.err
+
+    key = shown.err.split()[-1]
+    rules = parse_access('[realms.default]\nsubscribe = "open"\n' + shown.out, "access.toml")["default"].keys
+    found = Keys(rules).find(key)
+    assert found is not None
+    assert (found.name, found.actions) == ('the "backend"', ("publish", "manage"))
+    assert key not in shown.out
 
 
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
