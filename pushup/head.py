@@ -91,6 +91,8 @@ class Head:
         self.target += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if len(self.headers) > HEADERS_MAX:
+            raise ValueError("too many header fields")
         self.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:

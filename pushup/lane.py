@@ -39,6 +39,9 @@ POLL_BODY_BYTES_MAX: Final = 64 * 1024
 AHEAD_BYTES_MAX: Final = 64 * 1024
 """How much a client may send ahead of an answer before its connection is no longer read."""
 
+SHORT_HEAD_BYTES: Final = 256
+"""An unfinished head up to here is parsed with every byte that comes."""
+
 WARNING_PAUSE_S: Final = 60.0
 
 CUT_AT_ONCE: Final = 50
@@ -138,6 +141,10 @@ class WebConnection(Protocol):
     def is_late(self, slow_since: float) -> bool:
         """Of one that was handed over: whether the client does not read, since before that moment."""
 
+    @property
+    def gone(self) -> bool:
+        """Whether the connection is closed."""
+
     def abort(self) -> None:
         """Close the transport now."""
 
@@ -175,15 +182,17 @@ class Lanes:
         now = self.loop.time()
         idle, slow = now - settings.keepalive_timeout, now - settings.request_timeout
         unread = now - settings.write_timeout
-        self._late += [(lane, why) for lane in self.open if (why := lane.lateness(idle, slow, unread))]
-        self._late += [(web, "unread") for web in self.handed_over.values() if web.is_late(unread)]
-        self._cut()
+        if not self._late:
+            self._late += [(lane, why) for lane in self.open if (why := lane.lateness(idle, slow, unread))]
+            self._late += [(web, "unread") for web in self.handed_over.values() if web.is_late(unread)]
+            self._cut()
 
     def _cut(self) -> None:
         # In portions, as thousands that were late together would hold up all others.
         for _ in range(min(len(self._late), CUT_AT_ONCE)):
             connection, why = self._late.pop()
-            self.cut(connection, why)
+            if not connection.gone:
+                self.cut(connection, why)
         if self._late:
             self.loop.call_soon(self._cut)
 
@@ -377,6 +386,11 @@ class Lane(asyncio.Protocol):
     # Called by Lanes
 
     @property
+    def gone(self) -> bool:
+        """Whether the connection is closed."""
+        return self not in self._lanes.open
+
+    @property
     def idle(self) -> bool:
         """Whether it is between requests."""
         return self._state == READING and not self._buffer
@@ -463,7 +477,9 @@ class Lane(asyncio.Protocol):
             most = self._lanes.settings.head_bytes_max
             blank = data.find(b"\r\n\r\n", 0, most)
             if blank < 0:
-                if is_malformed(data[:most]):
+                # Looked at again where a line has ended, else whoever sends a byte at a time has all parsed each time.
+                seen = len(self._buffer) if len(data) == size else 0
+                if (len(data) < SHORT_HEAD_BYTES or b"\n" in data[seen:]) and is_malformed(data[:most]):
                     self._hand_over(data)
                     return
                 if len(data) >= most:

@@ -109,6 +109,10 @@ class WebConnection(web.RequestHandler):
     def is_late(self, slow_since: float) -> bool:
         return self._stuck_since is not None and self._stuck_since < slow_since
 
+    @property
+    def gone(self) -> bool:
+        return self.transport is None
+
     def abort(self) -> None:
         if self.transport is not None:
             abort(self.transport)

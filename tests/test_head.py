@@ -361,3 +361,11 @@ def test_the_realm_of_a_poll_is_in_its_path(target: bytes, realm: str) -> None:
 def test_an_odd_realm_is_the_web_sides(target: bytes) -> None:
     """The lane serves a realm only under the plain form of its name."""
     assert parse_head(head(b"GET " + target + b" HTTP/1.1")).way is Way.LEND
+
+
+def test_a_head_of_too_many_fields_is_malformed_before_it_ends() -> None:
+    """Nobody makes the lane read thousands of fields again and again while they come one by one."""
+    fields = b"a:\r\n" * HEADERS_MAX
+
+    assert not is_malformed(b"GET / HTTP/1.1\r\n" + fields)
+    assert is_malformed(b"GET / HTTP/1.1\r\n" + fields + b"a:\r\nb:\r\n")

@@ -12,7 +12,8 @@ import pytest
 from aiohttp import web
 
 from pushup.errors import ChannelNotFound, PushUpError
-from pushup.lane import AHEAD_BYTES_MAX, POLL_BODY_BYTES_MAX
+from pushup.head import is_malformed
+from pushup.lane import AHEAD_BYTES_MAX, POLL_BODY_BYTES_MAX, SHORT_HEAD_BYTES
 from pushup.messages import Publication, Receipt
 from pushup.server import Server
 from tests import pipes
@@ -1216,3 +1217,25 @@ async def test_every_way_to_end_leaves_nothing(monkeypatch: pytest.MonkeyPatch) 
         assert server.node.parked == 0
         assert not server._lanes.open
         assert not web_connections(server)
+
+
+async def test_a_head_that_comes_byte_by_byte_costs_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has come of a head is parsed again where a line has ended, not with every byte."""
+    parsed = 0
+
+    def count(data: bytes) -> bool:
+        nonlocal parsed
+        parsed += 1
+        return is_malformed(data)
+
+    monkeypatch.setattr("pushup.lane.is_malformed", count)
+    async with running() as server:
+        client = pipes.lane(server)
+        request = get("/poll?channel=a&timeout=0", *(f"X-{n}: {'x' * 500}" for n in range(10)))
+
+        for byte in request:
+            client.push(bytes([byte]))
+        await client.settle()
+
+        assert [response.status for response in client.responses] == [200]
+        assert parsed <= SHORT_HEAD_BYTES + 2 * 12
