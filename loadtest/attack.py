@@ -44,6 +44,7 @@ LIMITS: Final = (
     "body_bytes_max",
     "answer_bytes_max",
     "write_buffer_bytes_max",
+    "unread_bytes_max",
     "request_timeout",
     "write_timeout",
     "keepalive_timeout",
@@ -76,7 +77,7 @@ class Plan:
     settle_s: float = 1.0
     calm_s: float = 30.0
     attack_s: float = 40.0
-    come_s: float = 60.0
+    come_s: float = 30.0
     go_s: float = 5.0
     drip_s: float = 5.0
     slow_opens_per_s: float = 1500.0
@@ -325,7 +326,7 @@ class _Run:
         self._audience = audience
         self._besiegers = besiegers
         self._note = note
-        self._attackers = plan.slow + plan.unread
+        self._meant = {crowd.name: crowd.count for crowds in make_crowds(plan) for crowd in crowds}
         self._refused: dict[str, int] = {}
         self._drafts: list[tuple[Phase, Callable[[], PhaseResult]]] = []
 
@@ -339,11 +340,21 @@ class _Run:
             self._phase("settle", pair, plan.settle_s)
             self._phase(CALM, pair, plan.calm_s)
             self._besiegers.say("attack")
-            self._phase("come", pair, plan.come_s, lambda: self._besiegers.open >= 0.99 * self._attackers)
+            self._phase("come", pair, plan.come_s, self._arrivals())
             self._phase(ATTACK, pair, plan.attack_s)
             self._besiegers.say("rest")
             self._phase("go", pair, plan.go_s)
         return [finish() for _, finish in self._drafts]
+
+    def _arrivals(self) -> Callable[[], bool]:
+        """Whether all attackers have come from now on, be it that some were cut again."""
+        before = self._besiegers.toll.opened
+
+        def arrived() -> bool:
+            opened = self._besiegers.toll.opened
+            return all(opened[kind] - before[kind] >= count for kind, count in self._meant.items())
+
+        return arrived
 
     def _phase(self, name: str, pair: int, seconds: float, enough: Callable[[], bool] = lambda: False) -> None:
         phase = Phase(f"{name} {pair}")

@@ -381,7 +381,7 @@ def phase(name: str, pair: int, p99: float, memory: float, **more: Any) -> Phase
 def attack_phase(pair: int, p99: float, memory: float, is_open: float = 10.0, **more: Any) -> PhaseResult:
     counts = {
         "attackers_open": {"head": is_open, "deaf": 5.0},
-        "attackers_opened": {"head": 20},
+        "attackers_opened": {"head": 20, "deaf": 0},
         "attackers_ended": {"head": {"408": 7, "closed": 3}},
         "refused": {"request_timeout": 7},
     }
@@ -410,6 +410,7 @@ RESULT = AttackResult(
     limits={
         "answer_bytes_max": 2**20,
         "write_buffer_bytes_max": 65536,
+        "unread_bytes_max": 2**22,
         "head_bytes_max": 16384,
         "body_bytes_max": 2**22,
     },
@@ -451,7 +452,7 @@ def test_the_ratio_is_the_median_of_the_pairs_and_all_is_well() -> None:
         (with_phases(attack1=attack_phase(1, 4.5, 110.0)), 0),
         (replace(RESULT, losses=vars(Losses(gaps=1))), 1),
         (with_phases(come1=phase("come", 1, 4.0, 1000.0)), 2),
-        (with_phases(attack3=attack_phase(3, 2.0, 130.0)), 3),
+        (with_phases(attack3=attack_phase(3, 2.0, 125.0)), 3),
         (with_phases(attack2=attack_phase(2, 2.0, 110.0, is_open=9.0)), 4),
     ],
     ids=["ratio", "losses", "memory", "growth", "absent attackers"],
@@ -460,10 +461,27 @@ def test_each_target_can_be_missed(result: AttackResult, target: int) -> None:
     assert met(result) == [number != target for number in range(5)]
 
 
-def test_the_bound_of_memory_is_that_of_the_limits() -> None:
-    expected = 5 * (2**20 + 65536 + 65536 + 16384) + 10 * (16384 + 16384) + 2**24 + 2 * 2**22
+def test_attackers_that_are_cut_faster_than_they_may_come_are_there() -> None:
+    """Five deaf ones may come at 50/s; the server has ended nearly all that came in ten seconds."""
+    gone = {"head": 10.0, "deaf": 0.5}
+    busy, lazy = (
+        with_phases(
+            attack2=attack_phase(2, 2.0, 110.0, attackers_open=gone, attackers_opened={"head": 20, "deaf": came})
+        )
+        for came in (450, 400)
+    )
 
-    assert memory_bound_mib(RESULT) == expected / 2**20
+    assert judge(busy)[4]["value"] == 1.0
+    assert judge(lazy)[4]["value"] == 0.1
+
+
+def test_the_bound_of_memory_is_that_of_the_limits() -> None:
+    """What all together may leave unread, unless they are too few for it."""
+    rest = 5 * (65536 + 16384) + 10 * (16384 + 16384) + 2**24 + 2 * 2**22
+    wide = replace(RESULT, limits={**RESULT.limits, "unread_bytes_max": 2**30})
+
+    assert memory_bound_mib(RESULT) == (2**22 + 2**20 + rest) / 2**20
+    assert memory_bound_mib(wide) == (5 * (2**20 + 65536) + rest) / 2**20
 
 
 def test_the_report_says_what_the_raw_file_says(tmp_path: Path) -> None:
@@ -513,8 +531,8 @@ def test_good_clients_lose_nothing_while_attackers_come_are_cut_and_come_again(t
     assert result.published > 300
     calm, attack = result.pairs()[1]
     assert calm.deliveries == 10 * calm.publications
-    assert sum(attack.attackers_open.values()) > 540
-    assert attack.connections > calm.connections + 500
+    assert judge(result)[4]["value"] > 0.5
+    assert attack.connections > calm.connections + 400
     for kind in ("nothing sent", "head", "body of a poll", *result.unread):
         assert sum(phase.attackers_ended[kind].get(how, 0) for phase in result.phases[1:] for how in CUT) > 0, kind
     assert raw.with_name("ATTACK.md").read_text() == render(raw.name, result)
