@@ -368,4 +368,4 @@ def test_a_head_of_too_many_fields_is_malformed_before_it_ends() -> None:
     fields = b"a:\r\n" * HEADERS_MAX
 
     assert not is_malformed(b"GET / HTTP/1.1\r\n" + fields)
-    assert is_malformed(b"GET / HTTP/1.1\r\n" + fields + b"a:\r\nb:\r\n")
+    assert is_malformed(b"GET / HTTP/1.1\r\n" + fields + b"a:\r\n" * 3)
