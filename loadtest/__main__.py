@@ -107,7 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.command == "report":
         try:
             print(f"wrote {write(list(catalogue())).name}")
-            print(f"wrote {attack_report.write().name}")
+            if attack_report.RAW.exists():
+                print(f"wrote {attack_report.write().name}")
         except FileNotFoundError as error:
             print(f"loadtest: {error}", file=sys.stderr)
             return 1
