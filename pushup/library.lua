@@ -410,10 +410,10 @@ local function stales(facts)
   return facts.first > 0 and facts.first + facts.window + 1 or MAX_ID
 end
 
--- A user who may only publish may not list channels. What is too old is then left to the nodes' ticks.
+-- A user who may only publish may not list channels, and gets an error, a table without elements: what is too old is
+-- then left to the nodes' ticks.
 local function stalest(key, ...)
-  local names = redis.pcall('ZRANGE', key .. ':stale', ...)
-  return names.err and {} or names
+  return redis.pcall('ZRANGE', key .. ':stale', ...)
 end
 
 -- Trim channels whose oldest message may be too old, until the realm is down to `bytes` or a number of them were looked
