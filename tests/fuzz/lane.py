@@ -185,7 +185,9 @@ class LaneTarget:
             check_plain(framed, responses, published, open_=reads and not client.closing and not client.waited)
             await self._expect_not_hidden(framed)
         compared = self._compare_all or sum(data) % COMPARED_EVERY == 0
-        if compared and len(whole) <= COMPARED_BYTES_MAX and events <= {b""}:
+        # Of a body that does not end aiohttp answers some requests, and the lane waits for it.
+        ends = not frame(whole + AFTER).rest or not framed.plain
+        if compared and ends and len(whole) <= COMPARED_BYTES_MAX and events <= {b""}:
             await self._compare(whole + AFTER)
 
     async def _expect_not_hidden(self, framed: Framed) -> None:
