@@ -145,6 +145,9 @@ class WebConnection(Protocol):
     def gone(self) -> bool:
         """Whether the connection is closed."""
 
+    def close(self) -> None:
+        """Close the transport once what was written is out."""
+
     def abort(self) -> None:
         """Close the transport now."""
 
@@ -197,9 +200,12 @@ class Lanes:
             self.loop.call_soon(self._cut)
 
     def cut(self, connection: "Lane | WebConnection", why: str) -> None:
-        """Close a connection now, to make an end of what its client does."""
+        """Close a connection, to make an end of what its client does. Who was merely idle may go in peace."""
         self.metrics.connections_cut[why] += 1
-        connection.abort()
+        if why == "idle":
+            connection.close()
+        else:
+            connection.abort()
 
     def warn_of(self, client: Client) -> None:
         """Say that an address has too many connections, now and then."""
@@ -356,6 +362,9 @@ class Lane(asyncio.Protocol):
             if self._buffer:
                 data = self._buffer + data
             else:
+                data = data.lstrip(b"\r\n")
+                if not data:
+                    return  # Blank lines before a request are allowed, and mean nothing. They earn no time either.
                 self._since = self._lanes.loop.time()
             self._read(data)
         elif self._state == LENT and self._body_left:
@@ -471,7 +480,7 @@ class Lane(asyncio.Protocol):
         """Serve the requests in `data`, up to one that has to wait for something."""
         size = len(data)
         while data and self._state == READING and not self._stuck:
-            if data[0] in b"\r\n":  # Blank lines before a request are allowed, and mean nothing.
+            if data[0] in b"\r\n":
                 data = data.lstrip(b"\r\n")
                 continue
             most = self._lanes.settings.head_bytes_max
@@ -614,7 +623,7 @@ class Lane(asyncio.Protocol):
                 return
             most = grant.expires - now
         lanes.metrics.requests_lane += 1
-        if sender.forwarded is not None and self._client is None:
+        if sender.forwarded is not None and self._client is None and not lanes.settings.proxy_protocol:
             clients = lanes.service.clients
             client = clients.enter(sender.forwarded)
             if clients.is_over(client):

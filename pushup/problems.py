@@ -1,8 +1,12 @@
 """Errors as aiohttp responses: one form of problem document for both listeners."""
 
+from typing import Final
+
 from aiohttp import web
 
 from pushup.errors import PROBLEM_TYPE, InvalidRequest, MethodNotAllowed, NotFound, PushUpError, TooLarge
+
+BODY_TOO_LARGE: Final = "the request's body is too large"
 
 
 def problem_response(error: PushUpError) -> web.Response:
@@ -19,6 +23,6 @@ def translate(error: web.HTTPException, request: web.Request) -> PushUpError:
         case 405:
             return MethodNotAllowed(f"{request.path[:200]} does not take {request.method}")
         case 413:
-            return TooLarge("the request's body is too large")
+            return TooLarge(BODY_TOO_LARGE)
         case _:
             return InvalidRequest(error.reason)

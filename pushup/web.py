@@ -16,11 +16,11 @@ import msgspec
 from aiohttp import HttpVersion10, HttpVersion11, StreamReader, web
 
 from pushup.access import Grant
-from pushup.errors import InvalidRequest, OriginNotAllowed, PushUpError, RequestTimeout, TokenExpired
+from pushup.errors import InvalidRequest, OriginNotAllowed, PushUpError, RequestTimeout, TokenExpired, TooLarge
 from pushup.lane import Lane, Lanes, abort
 from pushup.messages import Answer, Poll, Publication
 from pushup.origins import NOT_ALLOWED
-from pushup.problems import problem_response, translate
+from pushup.problems import BODY_TOO_LARGE, problem_response, translate
 from pushup.realm import Realm
 from pushup.sender import Sender
 from pushup.service import Seat, Service
@@ -104,7 +104,8 @@ class WebConnection(web.RequestHandler):
             self._lanes.handed_over.pop(self._owned, None)
             self._lanes.has_read(self)
             self._owned.forget_client()
-            self._owned = None
+        # No cycles: collecting the garbage of thousands of connections would hold up all others.
+        self._owned = self._lane = self._body = None
 
     def is_late(self, slow_since: float) -> bool:
         return self._stuck_since is not None and self._stuck_since < slow_since
@@ -140,6 +141,8 @@ class WebConnection(web.RequestHandler):
             self._lane.web_reads_on()
 
     def data_received(self, data: bytes) -> None:
+        if self._owned is not None and self._body is not None and self._body.is_eof():
+            return  # It was the last request of its connection. aiohttp would keep whatever comes behind it.
         super().data_received(data)
         if self._messages:
             body, self._body = self._body, self._messages[-1][1]
@@ -159,6 +162,8 @@ class WebConnection(web.RequestHandler):
             resp.force_close()
         if request.version not in _VERSIONS:
             request._version = HttpVersion11  # Which the answer's first line repeats.
+        if _is_last(request):
+            resp.force_close()
         self._metrics.requests_web += 1
         resp, reset = await super().finish_response(request, resp, start_time)
         if self._lane is not None:
@@ -213,9 +218,7 @@ def make_app(service: Service) -> web.Application:
             log.exception("a request failed", extra={"method": request.method, "path": request.path})
             response = refuse(PushUpError(_FAILED))
         response.headers.setdefault("Cache-Control", "no-store")
-        # What comes after a CONNECT is a tunnel's to a proxy, and after a chunked HTTP/1.0 request nobody knows what.
-        ends_here = request.method == "CONNECT" or _is_ambiguous(request)
-        if ends_here or service.closing or service.root.node.draining:
+        if service.closing or service.root.node.draining:
             response.force_close()
         return response
 
@@ -224,7 +227,7 @@ def make_app(service: Service) -> web.Application:
         """What a page of another origin may do here: what the settings say."""
         if request.version not in _VERSIONS:
             raise InvalidRequest("HTTP is spoken here in the versions 1.0 and 1.1")
-        if _is_ambiguous(request):
+        if request.version == HttpVersion10 and "Transfer-Encoding" in request.headers:
             raise InvalidRequest("HTTP/1.0 has no Transfer-Encoding")
         sender = request[SENDER] = service.sender([(name.lower(), value) for name, value in request.raw_headers])
         origin = request.headers.get("Origin")
@@ -258,8 +261,15 @@ def make_app(service: Service) -> web.Application:
     return app
 
 
-def _is_ambiguous(request: web.Request) -> bool:
-    return request.version == HttpVersion10 and "Transfer-Encoding" in request.headers
+def _is_last(request: web.BaseRequest) -> bool:
+    """Whether it is one of those that the lane does not frame: nothing may come behind it, so nothing hides there."""
+    headers = request.headers
+    return (
+        "Transfer-Encoding" in headers
+        or request.method == "CONNECT"
+        or "websocket" in headers.get("Upgrade", "").lower()
+        or ("Host" not in headers and request.version == HttpVersion11)
+    )
 
 
 class _Waiter:
@@ -405,6 +415,8 @@ class _Api:
     async def _body(self, request: web.Request) -> bytes:
         if request.headers.get("Content-Encoding", "identity").lower() != "identity":
             raise InvalidRequest("a request's body is sent as it is, without a Content-Encoding")
+        if (request.content_length or 0) > self._service.settings.body_bytes_max:
+            raise TooLarge(BODY_TOO_LARGE)
         try:
             async with asyncio.timeout(self._service.settings.request_timeout):
                 return await request.read()

@@ -170,5 +170,6 @@ def lane(server: Server) -> Pipe:
 def aiohttp(server: Server) -> Pipe:
     """A new connection that has no lane: aiohttp's parser sees all of it."""
     protocol = server._borrow(server._lanes(), True)
+    protocol._owned = None  # It was nobody's before, and may have any number of requests.
     assert isinstance(protocol, asyncio.Protocol)
     return Pipe(protocol)

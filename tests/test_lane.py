@@ -738,18 +738,35 @@ async def test_a_connection_that_cannot_close_in_peace_is_cut_off(request_: byte
 # Time
 
 
-@pytest.mark.parametrize("before", [b"", get("/poll?channel=a&timeout=0"), publish("a"), b"\r\n"])
+@pytest.mark.parametrize("before", [get("/poll?channel=a&timeout=0"), publish("a")])
 async def test_an_idle_connection_is_closed(before: bytes) -> None:
-    """Between requests a connection is kept for keepalive_timeout."""
+    """Between requests a connection is kept for keepalive_timeout, and then closed in peace."""
     async with running(keepalive_timeout=75, request_timeout=15) as server:
         client = pipes.lane(server)
-        await client.receive(before)
+        await client.receive(before, b"\r\n")
 
         tick(server, 74)
         assert not client.closing
         tick(server, 76)
 
-        assert client.aborted
+        assert client.closing
+        assert not client.aborted
+
+
+@pytest.mark.parametrize("before", [b"", b"\r\n", b"\r", b"\n\n\n"])
+async def test_a_connection_that_asks_for_nothing_is_closed(before: bytes) -> None:
+    """A new connection has request_timeout to begin its first request, and blank lines are none."""
+    async with running(keepalive_timeout=75, request_timeout=15) as server:
+        client = pipes.lane(server)
+        await client.receive(before)
+
+        tick(server, 14)
+        assert not client.closing
+        with later(server, 14):
+            await client.receive(b"\r\n")
+        tick(server, 16)
+
+        assert client.closing
 
 
 @pytest.mark.parametrize(
@@ -828,7 +845,7 @@ async def test_the_time_starts_anew_after_an_answer() -> None:
         assert not client.closing
         tick(server, 176)
 
-        assert client.aborted
+        assert client.closing
 
 
 async def test_a_lent_body_that_does_not_come_is_refused() -> None:
@@ -898,7 +915,7 @@ async def test_a_web_connection_without_a_lane_ends_with_its_transport() -> None
 
 
 async def test_what_has_no_certain_length_is_handed_over_for_good() -> None:
-    """After a chunked request the connection is the web side's, which serves polls as well."""
+    """A chunked request is the web side's, and the last of its connection: nothing can hide behind it."""
     async with running() as server:
         client = pipes.lane(server)
         body = b'{"channels":["a"],"data":1}'
@@ -907,13 +924,15 @@ async def test_what_has_no_certain_length_is_handed_over_for_good() -> None:
             body,
         )
 
-        responses = await client.receive(get("/poll?channel=a&timeout=0") + chunked + get("/poll?channel=a"))
+        responses = await client.receive(get("/poll?channel=a&timeout=0") + chunked + publish("hidden"))
 
-        assert [response.status for response in responses] == [200, 201, 200]
-        assert responses[2].json["messages"][0]["data"] == 1
-        assert (server.metrics.requests_lane, server.metrics.requests_web) == (1, 2)
+        assert [response.status for response in responses] == [200, 201]
+        assert responses[1].headers["connection"] == "close"
+        assert (server.metrics.requests_lane, server.metrics.requests_web) == (1, 1)
+        assert client.closing
         assert not server._lanes.open
-        assert len(web_connections(server)) == 1
+        assert not server._lanes.handed_over
+        assert not web_connections(server)
 
 
 async def test_handing_over_ends_a_loan() -> None:
@@ -922,28 +941,31 @@ async def test_handing_over_ends_a_loan() -> None:
         client = pipes.lane(server)
         await client.receive(publish("a"))
 
-        responses = await client.receive(get("/channels", "Transfer-Encoding: chunked") + b"0\r\n\r\n", publish("a"))
+        await client.receive(get("/poll?channel=a&start=latest", "Transfer-Encoding: chunked") + b"0\r\n\r\n")
 
-        assert [response.status for response in responses] == [200, 201]
+        assert server.node.parked == 1
         assert len(web_connections(server)) == 1
+        client.hang_up()
+        await client.settle()
+        assert server.node.parked == 0
+        assert not web_connections(server)
 
 
-async def test_a_flood_that_is_handed_over_is_read_on() -> None:
-    """The web side gets a transport that is read, also if the lane had stopped reading."""
+async def test_a_flood_behind_what_was_handed_over_is_dropped() -> None:
+    """The web side keeps nothing of what comes behind the last request of a connection, while it is answered."""
     async with running() as server:
         client = pipes.lane(server)
-        await client.receive(get("/poll?channel=a"))
-        chunked = get("/channels?limit=1", "Transfer-Encoding: chunked") + b"0\r\n\r\n"
-        ahead = chunked + get("/channels?limit=1") * 2000
-        client.push(ahead)
-        client.push(get("/nothing"))
-        assert client.unread > 0
+        await client.receive(get("/poll?channel=a", "Transfer-Encoding: chunked") + b"0\r\n\r\n")
+        for _ in range(10):
+            await client.receive(publish("hidden") * 1000)
+        (web,) = server._lanes.handed_over.values()
 
+        assert not web._messages  # type: ignore[attr-defined]
         await say(server, "a")
         await client.settle()
 
-        assert client.unread == 0
-        assert [response.status for response in client.responses] == [200, *[200] * 2001, 404]
+        assert [response.status for response in client.responses] == [200]
+        assert client.closing
 
 
 @pytest.mark.parametrize("after", [get("/poll?channel=x&timeout=0"), publish("x")])
