@@ -37,6 +37,8 @@ log = logging.getLogger("pushup.server")
 
 ACCEPT_BACKLOG: Final = 4096
 TICK_S: Final = 1.0
+TLS_SHUTDOWN_TIMEOUT_S: Final = 1.0
+"""How long a client may take to agree that a connection is closed."""
 FLUSH_TIMEOUT_S: Final = 5.0
 """How long a client may take, at the end, to read what was written to it."""
 
@@ -107,7 +109,7 @@ def load_certificate(context: ssl.SSLContext, settings: Settings) -> None:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=_no_password)
         context.load_cert_chain(certificate, key, password=_no_password)
     except (OSError, ValueError) as error:
-        reason = error.reason if isinstance(error, ssl.SSLError) else error
+        reason = (error.reason if isinstance(error, ssl.SSLError) else error) or "they are not both in PEM"
         raise SettingsError(f"cannot use {certificate} with {key}: {reason}") from None
 
 
@@ -287,6 +289,7 @@ async def _listen(
             reuse_port=share or None,
             ssl=tls,
             ssl_handshake_timeout=handshake_timeout if tls is not None else None,
+            ssl_shutdown_timeout=TLS_SHUTDOWN_TIMEOUT_S if tls is not None else None,
             start_serving=False,
         )
     except OSError as error:

@@ -353,7 +353,7 @@ class _Api:
             raise InvalidRequest("an array of publications has a key in each item, not an Idempotency-Key header")
         parsed = [_checked(grant, item) for item in parse_publications(body, realm.settings)]
         good = [item for item in parsed if not isinstance(item, PushUpError)]
-        realm.charge(grant, len(good))
+        realm.charge(grant, len(parsed))  # What is refused costs time, too.
         results = iter(await realm.node.publish_all(good))
         return _json([show_receipt(item if isinstance(item, PushUpError) else next(results)) for item in parsed])
 
