@@ -338,20 +338,7 @@ DAMAGES: Final = [
 DAMAGED: Final = pytest.mark.parametrize("damage", DAMAGES, ids=[damage.__name__ for damage in DAMAGES])
 
 
-SPEECHLESS: Final = (garbage, empty, truncated, swapped)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        pytest.param(
-            damage,
-            marks=pytest.mark.xfail(strict=True, reason="OpenSSL names no reason") if damage in SPEECHLESS else (),
-            id=damage.__name__,
-        )
-        for damage in DAMAGES
-    ],
-)
+@DAMAGED
 async def test_wrong_files_are_named_at_the_start(damage: Damage, pair: Pair, made: dict[str, Pair]) -> None:
     """A node that cannot serve HTTPS does not start, and says which file it cannot use and why."""
     damage(pair, made)
