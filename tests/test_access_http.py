@@ -1,10 +1,12 @@
 """Access through a whole server: both sides of a node let in the same people, and tell the others the same."""
 
 import asyncio
+import itertools
 import json
 import logging
+import re
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from time import time
 from typing import Any
@@ -14,8 +16,8 @@ import pytest
 from pushup.access import NOT_GOOD, hash_key, make_key
 from pushup.server import Server
 from tests import pipes
-from tests.support import Client, Reply, connected, parked, running
-from tests.test_tokens import SECRET, hs256, make_token
+from tests.support import Client, Reply, connected, eventually, parked, running
+from tests.test_tokens import SECRET, KeyServer, ed_jwk, ed_key, hs256, jwks, key_server, make_token, token_by
 
 CHUNKED = "Transfer-Encoding: chunked\r\n"
 SIDES = {
@@ -777,3 +779,192 @@ async def test_chunked_bodies_of_those_who_may(access: AccessFile) -> None:
                 data = json.dumps(body).encode()
                 client.send(b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data))
                 assert (await client.reply()).status == status
+
+
+# The two sides say the same
+
+
+SHOWN = {
+    "none": "",
+    "a key": bearer(ALL),
+    "a key for something else": bearer(PUBLISHER),
+    "a token": bearer(GOOD),
+    "an expired token": bearer(token("news", life=-5)),
+    "wrong": bearer("x"),
+    "Basic": "Authorization: Basic eDp5\r\n",
+    "nothing": "Authorization:\r\n",
+    "no text": "Authorization: Bearer \xff\r\n",
+    "two": bearer(GOOD) * 2,
+    "a cookie": f"Cookie: pushup_token={GOOD}\r\n",
+}
+PAGES = {
+    "none": "",
+    "foreign": "Origin: https://evil.example\r\n",
+    "ours": "Origin: http://test\r\n",
+    "allowed": "Origin: https://app.example\r\n",
+    "null": "Origin: null\r\n",
+    "two": "Origin: http://test\r\nOrigin: https://evil.example\r\n",
+    "nothing": "Origin:\r\n",
+    "no text": "Origin: \xff\r\n",
+}
+ASKED: list[tuple[str, str, str]] = [
+    ("GET", poll_target("news"), ""),
+    ("HEAD", poll_target("news"), ""),
+    ("POST", "/poll", '{"channels":["news"],"timeout":0}'),
+    ("POST", "/poll", "{"),
+    ("POST", "/poll?a=b", '{"channels":["news"]}'),
+    ("GET", poll_target("other"), ""),
+    ("GET", poll_target("news", token=GOOD), ""),
+    ("GET", poll_target("news", token="\xff"), ""),
+    ("GET", poll_target("%41\xff"), ""),
+    ("GET", "/poll?x=1", ""),
+    ("GET", "/realms/default" + poll_target("news"), ""),
+    ("GET", "/realms/%64efault" + poll_target("news"), ""),
+    ("GET", "/realms/nowhere" + poll_target("news"), ""),
+]
+
+
+async def answer_of(pipe: pipes.Pipe, request: bytes) -> tuple[int, dict[str, str], Any]:
+    """Status, header fields and body, without what depends on the moment."""
+    (response,) = await pipe.receive(request)
+    pipe.hang_up()
+    await pipe.settle()
+    headers = {name: value for name, value in response.headers.items() if name != "date"}
+    return response.status, headers, re.sub(rb'"next":\d+', b"", response.body)
+
+
+@pytest.mark.parametrize("origins", ["", "https://app.example", "*"])
+@pytest.mark.parametrize("subscribe", ["open", "token"])
+async def test_both_sides_say_the_same(subscribe: str, origins: str, access: AccessFile) -> None:
+    """Of every mix of credentials, page and poll: status, header fields and body."""
+    flags = {"cors_origins": origins} if origins else {}
+    different = []
+    statuses = set()
+    async with running(access=access.write(subscribe=subscribe), **flags) as server:
+        for shown, page, (method, target, body) in itertools.product(SHOWN, PAGES, ASKED):
+            headers = SHOWN[shown] + PAGES[page] + (f"Content-Length: {len(body)}\r\n" if body else "")
+            request = f"{method} {target} HTTP/1.1\r\nHost: test\r\n{headers}\r\n{body}".encode("latin-1")
+            one = await answer_of(pipes.lane(server), request)
+            other = await answer_of(pipes.aiohttp(server), request)
+            statuses.add(one[0])
+            if one != other:
+                different.append((shown, page, method, target, one, other))
+    assert different == []
+    assert statuses >= {200, 400, 401}
+
+
+# Key sets
+
+
+@asynccontextmanager
+async def by_key_set(access: AccessFile, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[Server, KeyServer]]:
+    """A server whose tokens are by a key set behind a URL, which may be asked ten times a second."""
+    monkeypatch.setattr("pushup.tokens.JWKS_PAUSE_S", 0.1)
+    monkeypatch.setattr("pushup.tokens.JWKS_TIMEOUT_S", 2.0)
+    async with key_server() as keys:
+        keys.publish(ed_jwk(ed_key(), "a"))
+        access.path.write_text(
+            f'[realms.default]\n{KEYS}[realms.default.tokens]\njwks_url = "{keys.url}"\naudience = "push"\n'
+        )
+        async with running(access=access.path) as server:
+            yield server, keys
+
+
+async def pause() -> None:
+    """Until the key set may be asked for again, by the clock that the server has."""
+    end = time() + 0.15
+    while time() < end:
+        await asyncio.sleep(0.01)
+
+
+async def test_a_key_set_is_had_before_the_first_poll(
+    side: str, access: AccessFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many tokens at once are judged by it, and it is not asked for again."""
+    async with by_key_set(access, monkeypatch) as (server, keys):
+        tokens = [token_by(ed_key(), "a", sub=str(number)) for number in range(20)]
+        polls = [ask(server, "GET", poll_target("news"), None, bearer(each) + side) for each in tokens]
+        assert {reply.status for reply in await asyncio.gather(*polls)} == {200}
+        assert keys.requests == 1
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST"])
+async def test_a_new_key_of_a_set(method: str, side: str, access: AccessFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first token waits for the set to be fetched, also on a connection that the lane serves."""
+    target = poll_target("news") if method != "POST" else "/poll"
+    body = None if method != "POST" else {"channels": ["news"], "timeout": 0}
+    async with by_key_set(access, monkeypatch) as (server, keys), connected(server) as client:
+        assert (await ask(server, method, target, body, bearer(token_by(ed_key(), "a")) + side)).status == 200
+        keys.publish(ed_jwk(ed_key("b"), "b"))
+        await pause()
+        new, old = bearer(token_by(ed_key("b"), "b")) + side, bearer(token_by(ed_key(), "a")) + side
+        assert (await say(client, method, target, body, new)).status == 200
+        assert keys.requests == 2
+        assert (await ask(server, method, target, body, old)).status == 401
+        assert (await ask(server, method, target, body, new)).status == 200
+
+
+async def test_many_tokens_of_a_new_key_at_once(side: str, access: AccessFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them wait for the one fetch, and back ends do not."""
+    async with by_key_set(access, monkeypatch) as (server, keys):
+        keys.stall()
+        await pause()
+        polls = [
+            asyncio.create_task(
+                ask(
+                    server, "GET", poll_target("news"), None, bearer(token_by(ed_key("b"), "b", sub=str(number))) + side
+                )
+            )
+            for number in range(10)
+        ]
+        await eventually(lambda: keys.requests == 2, "the key set is asked for")
+        assert (await ask(server, "GET", poll_target("news"), None, bearer(READER) + side)).status == 200
+        assert (
+            await ask(server, "GET", poll_target("news"), None, bearer(token_by(ed_key(), "a")) + side)
+        ).status == 200
+        keys.release(jwks(ed_jwk(ed_key(), "a"), ed_jwk(ed_key("b"), "b")))
+        assert {reply.status for reply in await asyncio.gather(*polls)} == {200}
+        assert keys.requests == 2
+
+
+async def test_a_server_starts_without_its_key_set(
+    side: str, access: AccessFile, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Tokens have to wait, with a 503 that says for how long; keys work, and the set is had as soon as it can be."""
+    monkeypatch.setattr("pushup.tokens.JWKS_PAUSE_S", 0.1)
+    async with key_server() as keys:
+        keys.serve(b"", status=500)
+        access.path.write_text(
+            f'[realms.default]\n{KEYS}[realms.default.tokens]\njwks_url = "{keys.url}"\naudience = "push"\n'
+        )
+        async with running(access=access.path) as server:
+            mine = bearer(token_by(ed_key(), "a")) + side
+            reply = await ask(server, "GET", poll_target("news"), None, mine)
+            assert (reply.status, reply.json["code"]) == (503, "unavailable")
+            assert "retry-after" in reply.headers
+            assert (await ask(server, "GET", poll_target("news"), None, bearer(READER) + side)).status == 200
+            assert_unauthorized(await ask(server, "GET", poll_target("news"), None, side), NEEDS)
+            keys.publish(ed_jwk(ed_key(), "a"))
+            await pause()
+            assert (await ask(server, "GET", poll_target("news"), None, mine)).status == 200
+
+
+async def test_who_waits_for_a_key_set_when_the_server_stops(
+    access: AccessFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Is answered, as soon as it is known that it cannot be had; and nothing is left."""
+    async with AsyncExitStack() as outside:
+        keys = await outside.enter_async_context(key_server())
+        keys.publish(ed_jwk(ed_key(), "a"))
+        monkeypatch.setattr("pushup.tokens.JWKS_PAUSE_S", 0.1)
+        monkeypatch.setattr("pushup.tokens.JWKS_TIMEOUT_S", 0.3)
+        access.path.write_text(
+            f'[realms.default]\n{KEYS}[realms.default.tokens]\njwks_url = "{keys.url}"\naudience = "push"\n'
+        )
+        async with running(access=access.path) as server:
+            client = await outside.enter_async_context(connected(server))
+            keys.stall()
+            await pause()
+            client.send(request_bytes("GET", poll_target("news"), None, bearer(token_by(ed_key("b"), "b"))))
+            await eventually(lambda: keys.requests == 2, "the key set is asked for")
+        assert (await client.reply()).status == 401

@@ -911,6 +911,7 @@ class KeyServer:
         self.path = ""
         """Of the last request."""
         self.released = asyncio.Event()
+        self._last = b""
         self.answer: Callable[[], Awaitable[web.StreamResponse]]
         self.serve(b"")
 
@@ -941,9 +942,14 @@ class KeyServer:
 
         async def answer() -> web.StreamResponse:
             await self.released.wait()
-            return web.Response()
+            return web.Response(body=self._last)
 
         self.answer = answer
+
+    def release(self, body: bytes) -> None:
+        """Answer at last, to those who wait."""
+        self._last = body
+        self.released.set()
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         self.requests += 1
