@@ -1106,6 +1106,21 @@ async def test_token_publish_rate_max_is_the_subjects(tmp_path: Path, clock: Clo
         assert statuses == [201, 201, 429]
 
 
+async def test_token_publish_rate_max_of_what_is_refused(tmp_path: Path, clock: Clock) -> None:
+    """Publications that are wrong or forbidden cost time, too, so an array of them is paid for."""
+    file = access(tmp_path, tokens="publish = true")
+    forbidden = {"subscribe": [], "publish": ["mine"]}
+    mine = bearer(token("ann", pushup=forbidden))
+    async with running(access=file, token_publish_rate_max=2) as server, connected(server) as client:
+        for item in ({}, {"channels": ["other"], "data": 1}):
+            reply = await client.request("POST", "/publish", [item] * 20, mine)
+            assert (reply.status, len(reply.json)) == (200, 20)
+
+            reply = await client.request("POST", "/publish", {"channels": ["mine"], "data": 1}, mine)
+            assert (reply.status, reply.json["code"]) == (429, "too_many_publications")
+            clock.now += int(reply.headers["retry-after"])
+
+
 # realm_bytes_max
 
 

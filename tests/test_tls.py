@@ -24,7 +24,7 @@ import pytest
 from pushup.access import hash_key
 from pushup.errors import SettingsError
 from pushup.messages import Publication
-from pushup.server import FLUSH_TIMEOUT_S, Server
+from pushup.server import TLS_SHUTDOWN_TIMEOUT_S, Server
 from tests.redis_server import RedisServer
 from tests.support import PATIENCE_S, Client, eventually, parked, running
 from tests.test_cli import PRIVATE, clean_environment
@@ -628,7 +628,20 @@ async def test_a_stop_does_not_wait_long_for_clients_that_say_no_goodbye(pair: P
     lasted = asyncio.get_running_loop().time() - begun
     client.close()
 
-    assert lasted < FLUSH_TIMEOUT_S + 2
+    assert lasted < TLS_SHUTDOWN_TIMEOUT_S + 2
+
+
+async def test_an_idle_client_that_says_no_goodbye_is_counted_once(pair: Pair, trust: ssl.SSLContext) -> None:
+    """Its connection is closed though it does not agree, and it is not late for anything else meanwhile."""
+    async with running(keepalive_timeout=75, request_timeout=15, **pair.flags) as server:
+        client = await asyncio.to_thread(silent, server.address, trust)
+        await eventually(lambda: len(server._lanes.open) == 1, "it is here")
+
+        tick(server, 76)
+
+        await eventually(lambda: not server._lanes.open, "it is closed")
+        client.close()
+        assert server.metrics.connections_cut == {"slow": 0, "idle": 1, "unread": 0, "flood": 0}
 
 
 def silent(address: str, context: ssl.SSLContext) -> ssl.SSLSocket:
