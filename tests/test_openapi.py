@@ -3,16 +3,19 @@
 import copy
 import json
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote, urlencode
 
 import jsonschema_rs
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from schemathesis.checks import CheckFunction
+from schemathesis.core.result import Ok
 from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
 
 from pushup import __version__
@@ -299,6 +302,64 @@ def test_the_server_does_what_the_description_says(case: schemathesis.Case[Any],
     response = case.call(base_url=f"http://{process.address}")
 
     case.validate_response(response, excluded_checks=excuse(case, response))
+
+
+def corpus() -> list[dict[str, Any]]:
+    """Requests worth keeping, right and wrong ones, each with its status; in an order in which they make sense."""
+    found = json.loads((Path(__file__).parent / "fuzz" / "corpus" / "openapi.json").read_bytes())
+    assert isinstance(found, list)
+    return found
+
+
+def test_the_corpus_is_answered_as_the_description_says() -> None:
+    """With the status that is kept with each request, which is documented, in a form that is documented."""
+    with serving(PUSHUP_POLL_TIMEOUT_MAX="0.1", PUSHUP_POLL_TIMEOUT="0.05") as process:
+        wrong = []
+        for kept in corpus():
+            path = {"channel": kept["channel"]} if "channel" in kept else {}
+            body = {"body": kept["body"], "media_type": "application/json"} if "body" in kept else {}
+            case = api[kept["path"]][kept["method"]].Case(path_parameters=path, query=kept.get("query", {}), **body)
+            response = case.call(base_url=f"http://{process.address}")
+            # Which of them are wrong the corpus knows better than a schema.
+            case.validate_response(response, excluded_checks=[negative_data_rejection, positive_data_acceptance])
+            if response.status_code != kept["status"]:
+                wrong.append((kept, response.status_code))
+
+        assert wrong == []
+        assert process.end(signal.SIGTERM) == (0, "")
+
+
+WITH_INPUT: Final = {
+    result.ok().label: result.ok()
+    for result in api.get_all_operations()
+    if isinstance(result, Ok) and (result.ok().query or result.ok().body)
+}
+WRONG_REQUESTS: Final = 40
+
+
+@pytest.mark.parametrize("label", WITH_INPUT)
+def test_wrong_requests_are_refused(label: str, process: Process) -> None:
+    """Wrong types, missing and unknown members: a documented refusal, and never a fault of the server's."""
+    statuses: Counter[int] = Counter()
+
+    @settings(
+        derandomize=True,
+        max_examples=WRONG_REQUESTS,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=WITH_INPUT[label].as_strategy(generation_mode=schemathesis.GenerationMode.NEGATIVE))
+    def ask(case: schemathesis.Case[Any]) -> None:
+        response = case.call(base_url=f"http://{process.address}")
+
+        case.validate_response(response, excluded_checks=excuse(case, response))
+        statuses[response.status_code] += 1
+
+    ask()
+
+    assert max(statuses) < 500
+    assert statuses[400] >= WRONG_REQUESTS // 4, statuses
 
 
 def test_a_channels_life(process: Process) -> None:
