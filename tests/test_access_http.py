@@ -698,6 +698,21 @@ async def test_requests_ahead_of_an_answer_have_their_own_senders(access: Access
             pipe.hang_up()
 
 
+# Idempotency keys
+
+
+@pytest.mark.xfail(strict=True, reason="idempotency keys are the realm's, not their publisher's")
+async def test_a_browser_takes_no_idempotency_key_from_a_back_end(side: str, access: AccessFile) -> None:
+    """A visitor who guesses the next key does not have the back end's publication refused, nor learns of used ones."""
+    async with running(access=access.write()) as server:
+        browser, back_end = bearer(token(publish=["chat.*"])) + side, bearer(ALL) + side
+        for key, first, second in (("order-1", browser, back_end), ("order-2", back_end, browser)):
+            for who in (first, second):
+                body = {"channels": ["chat.1"], "data": "of the visitor" if who is browser else "paid", "key": key}
+                reply = await ask(server, "POST", "/publish", body, who)
+                assert (reply.status, "duplicate" in reply.json) == (201, False)
+
+
 # Secrets stay secret
 
 
