@@ -345,15 +345,15 @@ class _Api:
         if more:
             raise InvalidRequest("the Idempotency-Key header is given more than once")
         if not is_batch(body):
+            realm.charge(grant, 1)  # Also for what is refused: it costs time, too.
             publication = parse_publication(body, realm.settings, header)
             grant.check("publish", publication.channels)
-            realm.charge(grant, 1)
             return _json(show_receipt(await realm.node.publish(publication)), 201)
         if header is not None:
             raise InvalidRequest("an array of publications has a key in each item, not an Idempotency-Key header")
         parsed = [_checked(grant, item) for item in parse_publications(body, realm.settings)]
+        realm.charge(grant, len(parsed))
         good = [item for item in parsed if not isinstance(item, PushUpError)]
-        realm.charge(grant, len(parsed))  # What is refused costs time, too.
         results = iter(await realm.node.publish_all(good))
         return _json([show_receipt(item if isinstance(item, PushUpError) else next(results)) for item in parsed])
 
