@@ -22,7 +22,8 @@ def main() -> None:
         target = fuzz_parsers
     else:
         sys.exit(__doc__)
-    atheris.Setup([f"{sys.argv[0]} {name}", f"-dict={HERE / 'dictionary.txt'}", *arguments], target)
+    # libFuzzer starts itself again by this when it merges or minimises.
+    atheris.Setup([f"{sys.executable} -m tests.fuzz {name}", f"-dict={HERE / 'dictionary.txt'}", *arguments], target)
     atheris.Fuzz()
 
 
