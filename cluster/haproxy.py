@@ -81,7 +81,7 @@ backend {http_nodes}
     # says something else the second time, and would skip what was published in between. Nothing else is repeated,
     # except where no connection came about.
     retry-on conn-failure empty-response
-    http-request disable-l7-retry unless METH_GET {{ path_reg ^(/realms/[^/]+)?/poll$ }} {{ urlp(start) -m reg ^[0-9]+$ }}
+    http-request disable-l7-retry unless METH_GET {{ path_end /poll }} {{ urlp(start) -m reg ^[0-9]+$ }}
     timeout tunnel 1h
 {check}{servers}
 {example}

@@ -26,7 +26,7 @@ import msgspec
 from msgspec import Meta
 
 from pushup.errors import Forbidden, InvalidParameter, SettingsError
-from pushup.messages import parse_channel, show_channel
+from pushup.messages import Publication, parse_channel, show_channel
 from pushup.quota import Bucket
 
 NOT_GOOD: Final = "these credentials are not good here"
@@ -117,6 +117,13 @@ class Grant:
         """The same for what concerns no channel by name. Raises Forbidden."""
         if not self._channels.get(action, NONE).everything:
             raise Forbidden(f"these credentials may not {action} all channels")
+
+    def mark(self, publication: Publication) -> Publication:
+        """The publication with its idempotency key made its holder's own: a browser must not use up a back end's."""
+        if not self.token or self.holder is None or publication.key is None:
+            return publication
+        key = hashlib.sha256(f"{self.holder.name}\n{publication.key}".encode()).hexdigest()
+        return Publication(publication.channels, publication.data, key)
 
 
 OPEN: Final = Grant({"subscribe": ALL, "publish": ALL, "manage": ALL})

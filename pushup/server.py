@@ -185,7 +185,7 @@ class Server:
                 realm.node.address, realm.node.admin_address = self.address, self.admin_address
                 await realm.node.start()
                 started.append(realm)
-                await realm.freshen()
+            await asyncio.gather(*(realm.freshen() for realm in started))
         except PushUpError:
             for realm in started:
                 await realm.stop()
@@ -209,10 +209,10 @@ class Server:
         self._lanes.close_idle()
         await self._web.cleanup()
         await self._flush()
-        for realm in realms:
-            await realm.stop()
         if self._ticker is not None:
             self._ticker.cancel()
+        for realm in realms:
+            await realm.stop()
         self._admin_listener.close()
         await self._admin.cleanup()
         log.info("stopped")

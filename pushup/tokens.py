@@ -170,7 +170,8 @@ def _read_file(name: str, file: str) -> bytes:
 
 
 def _secret(file: str) -> SigningKey:
-    secret = _read_file("secret_file", file).strip()
+    # An editor's line break is not the secret's; anything else is, as a secret may be any bytes.
+    secret = _read_file("secret_file", file).removesuffix(b"\n").removesuffix(b"\r")
     if len(secret) < SECRET_BYTES_MIN:
         raise SettingsError(f"the secret in {file} has {len(secret)} bytes; HS256 needs {SECRET_BYTES_MIN} or more")
     if secret.startswith(b"-----BEGIN"):

@@ -348,7 +348,7 @@ class _Api:
             realm.charge(grant, 1)  # Also for what is refused: it costs time, too.
             publication = parse_publication(body, realm.settings, header)
             grant.check("publish", publication.channels)
-            return _json(show_receipt(await realm.node.publish(publication)), 201)
+            return _json(show_receipt(await realm.node.publish(grant.mark(publication))), 201)
         if header is not None:
             raise InvalidRequest("an array of publications has a key in each item, not an Idempotency-Key header")
         parsed = [_checked(grant, item) for item in parse_publications(body, realm.settings)]
@@ -425,12 +425,13 @@ class _Api:
 
 
 def _checked(grant: Grant, item: Publication | PushUpError) -> Publication | PushUpError:
-    if not isinstance(item, PushUpError):
-        try:
-            grant.check("publish", item.channels)
-        except PushUpError as error:
-            return error
-    return item
+    if isinstance(item, PushUpError):
+        return item
+    try:
+        grant.check("publish", item.channels)
+    except PushUpError as error:
+        return error
+    return grant.mark(item)
 
 
 def _json(value: Any, status: int = 200) -> web.Response:

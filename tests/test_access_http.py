@@ -701,7 +701,6 @@ async def test_requests_ahead_of_an_answer_have_their_own_senders(access: Access
 # Idempotency keys
 
 
-@pytest.mark.xfail(strict=True, reason="idempotency keys are the realm's, not their publisher's")
 async def test_a_browser_takes_no_idempotency_key_from_a_back_end(side: str, access: AccessFile) -> None:
     """A visitor who guesses the next key does not have the back end's publication refused, nor learns of used ones."""
     async with running(access=access.write()) as server:

@@ -341,7 +341,7 @@ async def test_a_node_that_drains_answers_its_polls_itself(certificate: Path, tm
 
     assert [(reply.status, reply.json["messages"], reply.json["gap"]) for reply in replies] == [(200, [], False)] * 5
     assert min(reply.json["next"] for reply in replies) > 1_500_000_000_000_000
-    assert old.node.node.metrics.answers["drain"] == 5
+    assert old.node.metrics.answers["drain"] == 5
 
 
 async def test_the_polls_of_a_node_that_dies_go_to_another_one(certificate: Path, tmp_path: Path) -> None:

@@ -416,7 +416,8 @@ def parked_polls(admin_address: str) -> int:
     connection = http.client.HTTPConnection(admin_address, timeout=PATIENCE_S)
     try:
         connection.request("GET", "/metrics")
-        found = re.search(rb'^pushup_parked_polls{realm="default"} (\d+)', connection.getresponse().read(), re.MULTILINE)
+        text = connection.getresponse().read()
+        found = re.search(rb'^pushup_parked_polls{realm="default"} (\d+)', text, re.MULTILINE)
         assert found is not None
         return int(found[1])
     finally:
