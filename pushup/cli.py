@@ -42,6 +42,7 @@ GROUPS: Final = {
     "polls": (
         "poll_timeout",
         "poll_timeout_max",
+        "heartbeat",
         "poll_jitter",
         "polls_per_token_max",
         "poll_channels_max",

@@ -91,6 +91,7 @@ class Metrics(Collector):
         self.connections_opened = 0
         self.connections_closed = 0
         self.connections_cut = dict.fromkeys(("slow", "idle", "unread", "flood"), 0)
+        self.streams = {"text/event-stream": 0, "application/x-ndjson": 0, "websocket": 0}
         self.requests_lane = 0
         self.requests_web = 0
         self.loop_lag = Histogram()
@@ -170,6 +171,10 @@ class Metrics(Collector):
             "side",
             {"lane": self.requests_lane, "web": self.requests_web},
         )
+        streams = GaugeMetricFamily("pushup_open_streams", "Streams open now, by what they are.", labels=["type"])
+        for kind, count in self.streams.items():
+            streams.add_metric([kind], count)
+        yield streams
         yield CounterMetricFamily("pushup_connections_opened", "Client connections accepted.", self.connections_opened)
         yield _by_label(
             "pushup_connections_cut",

@@ -92,6 +92,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     poll_timeout: Annotated[Seconds, Meta(description="how long a poll waits that names no timeout")] = 25.0
     poll_timeout_max: Annotated[Seconds, Meta(description="the longest a poll may wait; more is cut to this")] = 120.0
+    heartbeat: Annotated[PositiveSeconds, Meta(description="a stream says something at least this often")] = 15.0
     poll_jitter: Annotated[Fraction, Meta(description="waits are shortened by up to this, at random")] = 0.05
     polls_per_token_max: Annotated[Count, Meta(description="most polls that wait with one token")] = 100
     poll_channels_max: Annotated[Count, Meta(description="most channels in one poll")] = 100
@@ -143,6 +144,7 @@ REALM_SETTINGS: Final = frozenset(
     (
         "poll_timeout",
         "poll_timeout_max",
+        "heartbeat",
         "poll_jitter",
         "poll_channels_max",
         "polls_per_token_max",

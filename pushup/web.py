@@ -6,9 +6,9 @@ about malformed requests is a problem document like every other error, and it sa
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
-from math import inf
 from time import time
 from typing import Any, Final
 
@@ -16,14 +16,15 @@ import msgspec
 from aiohttp import HttpVersion10, HttpVersion11, StreamReader, web
 
 from pushup.access import Grant
-from pushup.errors import InvalidRequest, OriginNotAllowed, PushUpError, RequestTimeout, TokenExpired, TooLarge
+from pushup.errors import InvalidRequest, OriginNotAllowed, PushUpError, RequestTimeout, TooLarge, TooMany, Unavailable
 from pushup.lane import Lane, Lanes, abort
-from pushup.messages import Answer, Poll, Publication
+from pushup.messages import Poll, Publication
 from pushup.origins import NOT_ALLOWED
 from pushup.problems import BODY_TOO_LARGE, problem_response, translate
 from pushup.realm import Realm
 from pushup.sender import Sender
 from pushup.service import Seat, Service
+from pushup.streams import EventStream, Follower, Form, JsonLines, Socket, ask, stream
 from pushup.wire import (
     find_token,
     is_batch,
@@ -35,6 +36,8 @@ from pushup.wire import (
     parse_publications,
     parse_renewal,
     parse_segment,
+    parse_stream_query,
+    parse_token_query,
     show_info,
     show_page,
     show_receipt,
@@ -141,7 +144,8 @@ class WebConnection(web.RequestHandler):
             self._lane.web_reads_on()
 
     def data_received(self, data: bytes) -> None:
-        if self._owned is not None and self._body is not None and self._body.is_eof():
+        done = self._owned is not None and self._body is not None and self._body.is_eof()
+        if done and self._payload_parser is None:
             return  # It was the last request of its connection. aiohttp would keep whatever comes behind it.
         super().data_received(data)
         if self._messages:
@@ -248,9 +252,13 @@ def make_app(service: Service) -> web.Application:
 
     app = web.Application(middlewares=[say_errors, check_origin], client_max_size=service.settings.body_bytes_max)
     app.on_response_prepare.append(finish_headers)
+    app.on_shutdown.append(api.close_sockets)
     for realm in ("", "/realms/{realm:[^/]+}"):
         app.router.add_get(f"{realm}/poll", api.poll_query)
         app.router.add_post(f"{realm}/poll", api.poll_body)
+        app.router.add_get(f"{realm}/events", api.events)
+        app.router.add_get(f"{realm}/stream", api.lines)
+        app.router.add_get(f"{realm}/ws", api.socket, allow_head=False)
         app.router.add_post(f"{realm}/publish", api.publish)
         app.router.add_get(f"{realm}/channels", api.channels)
         app.router.add_post(f"{realm}/channels", api.create)
@@ -272,26 +280,12 @@ def _is_last(request: web.BaseRequest) -> bool:
     )
 
 
-class _Waiter:
-    """A poll that waits on the web side."""
-
-    def __init__(self) -> None:
-        self.answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-
-    def answer(self, answer: Answer) -> None:
-        if not self.answered.done():
-            self.answered.set_result(answer)
-
-    def fail(self, error: PushUpError) -> None:
-        if not self.answered.done():
-            self.answered.set_exception(error)
-
-
 class _Api:
     """The handlers. Each is what DESIGN.md says of its path."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._sockets: set[Socket] = set()
         self._openapi = files("pushup").joinpath("openapi.json").read_bytes()
 
     async def poll_query(self, request: web.Request) -> web.Response:
@@ -312,10 +306,80 @@ class _Api:
         return realm, None if realm.open_to_read else await realm.meet(request[SENDER], token, time())
 
     async def _poll(self, request: web.Request, realm: Realm, grant: Grant | None, poll: Poll) -> web.Response:
-        most = inf
         if grant is not None:
             realm.admit(grant, poll.channels)
-            most = grant.expires - time()
+        with self._seat(request, grant):
+            answer = await ask(realm, grant, poll)
+        return web.Response(body=answer.body, content_type="application/json")
+
+    async def events(self, request: web.Request) -> web.StreamResponse:
+        last = request.headers.get("Last-Event-ID")
+        try:
+            return await self._stream(request, EventStream(), last)
+        except (TooMany, Unavailable) as error:
+            if not last:
+                raise
+            # A browser that comes back takes any status but 200 for the end.
+            self._service.metrics.count_refused(error)
+            seconds = error.members["retry_after"]
+            body = b"retry: %d\n\n" % (1000 * seconds)
+            return web.Response(body=body, content_type=EventStream.content_type, headers={"Retry-After": str(seconds)})
+
+    async def lines(self, request: web.Request) -> web.StreamResponse:
+        return await self._stream(request, JsonLines(), None)
+
+    async def _stream(self, request: web.Request, form: Form, last: str | None) -> web.StreamResponse:
+        query = request.rel_url.raw_query_string
+        realm, grant = await self._let_in(request, find_token(query))
+        poll = parse_stream_query(query, last, realm.settings)
+        if grant is not None:
+            realm.admit(grant, poll.channels)
+        with self._seat(request, grant), self._counted(form.content_type):
+            follower = Follower(realm, grant, poll.channels, poll.start)
+            return await stream(request, follower, form)
+
+    async def socket(self, request: web.Request) -> web.StreamResponse:
+        query = request.rel_url.raw_query_string
+        token = parse_token_query(query)
+        realm, _ = await self._let_in(request, token)
+        sender = request[SENDER]
+
+        async def reader(channels: Sequence[str]) -> Grant | None:
+            if realm.open_to_read:
+                return None
+            grant = await realm.meet(sender, token, time())
+            realm.admit(grant, channels)
+            return grant
+
+        async def writer() -> Grant:
+            return await realm.meet(sender, token, time())
+
+        socket = Socket(realm, reader, writer)
+        if not socket.can_serve(request):
+            raise InvalidRequest("this path speaks WebSocket")
+        self._sockets.add(socket)
+        try:
+            with self._counted("websocket"):
+                return await socket.run(request)
+        finally:
+            self._sockets.discard(socket)
+
+    async def close_sockets(self, app: web.Application) -> None:
+        """The server stops."""
+        await asyncio.gather(*(socket.close() for socket in self._sockets), return_exceptions=True)
+
+    @contextmanager
+    def _counted(self, transport: str) -> Iterator[None]:
+        streams = self._service.metrics.streams
+        streams[transport] += 1
+        try:
+            yield
+        finally:
+            streams[transport] -= 1
+
+    @contextmanager
+    def _seat(self, request: web.Request, grant: Grant | None) -> Iterator[None]:
+        """Count a poll or a stream while it lasts. Raises TooManyConnections."""
         clients = self._service.clients
         forwarded = self._forwarded(request, request[SENDER])
         client = clients.enter(forwarded) if forwarded is not None else None
@@ -323,20 +387,9 @@ class _Api:
         try:
             if client is not None and clients.is_over(client):
                 raise clients.refusal(client)
-            waiter = _Waiter()
-            answer = realm.node.poll(poll, waiter, most)
-            if not isinstance(answer, Answer):
-                subscription = answer
-                try:
-                    answer = await waiter.answered
-                except asyncio.CancelledError:
-                    realm.node.leave(subscription)
-                    raise
-                if seat.has_expired(time()):
-                    raise TokenExpired("the token expired while the poll waited")
+            yield
         finally:
             seat.leave()
-        return web.Response(body=answer.body, content_type="application/json")
 
     async def publish(self, request: web.Request) -> web.Response:
         realm, grant = await self._enter(request)

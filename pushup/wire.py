@@ -6,7 +6,7 @@ InvalidRequest with a sentence that names it. A member that is left out takes it
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, Final, NamedTuple, TypeVar
 from urllib.parse import unquote_to_bytes
 
 import msgspec
@@ -54,6 +54,10 @@ _IS: Final[Mapping[str, str]] = {
     "end": f"an id between 0 and {MAX_ID}",
     "timeout": f"a number of seconds between 0 and {SECONDS_MAX}",
     "data": "the message, any JSON value",
+    "subscribe": "an array of channels",
+    "unsubscribe": "an array of channels",
+    "publish": "a publication: an object with channels and data",
+    "ref": "any JSON value, which comes back with the answer",
     "key": f"a string of 1 to {KEY_LENGTH_MAX} characters",
     "name": "a string: the name of the channel to create",
     "ttl": f"a number of seconds above 0, up to {SECONDS_MAX}",
@@ -90,6 +94,25 @@ class _RenewBody(msgspec.Struct, forbid_unknown_fields=True):
     ttl: _PositiveSeconds | UnsetType = UNSET
 
 
+class _FrameBody(msgspec.Struct, forbid_unknown_fields=True):
+    subscribe: list[str | int] | UnsetType = UNSET
+    start: int | str = 0
+    unsubscribe: list[str | int] | UnsetType = UNSET
+    publish: Raw | UnsetType = UNSET
+    ref: Raw | UnsetType = UNSET
+
+
+class Frame(NamedTuple):
+    """What a client sends over a WebSocket: one of the first three. `ref` is for the answer: `{}` or `{"ref": …}`."""
+
+    subscribe: tuple[str, ...]
+    unsubscribe: tuple[str, ...]
+    publication: Publication | None
+    start: int
+    ref: dict[str, Any]
+
+
+_frame_body = msgspec.json.Decoder(_FrameBody)
 _poll_body = msgspec.json.Decoder(_PollBody)
 _publication_body = msgspec.json.Decoder(_PublicationBody)
 _raw_list = msgspec.json.Decoder(list[Raw])
@@ -139,15 +162,62 @@ def find_token(query: str) -> str | None:
     return None
 
 
+def parse_token_query(query: str) -> str | None:
+    """The token from a URL's raw query that may have nothing else."""
+    for pair in query.split("&"):
+        name, _ = _split(pair)
+        if pair and name != TOKEN:
+            raise _unknown(name, "WebSocket")
+    return find_token(query)
+
+
+def parse_stream_query(query: str, last_event_id: str | None, settings: Settings) -> Poll:
+    """A stream's channels and cursor from a URL's raw query; the `Last-Event-ID` field is the later cursor and wins."""
+    for pair in query.split("&"):
+        name, _ = _split(pair)
+        if name in ("end", "timeout"):
+            raise InvalidParameter(name, f"a stream has no {name}")
+    poll = parse_poll_query(query, settings)
+    if last_event_id:
+        try:
+            poll.start = _parse_id("start", last_event_id)
+        except InvalidParameter:
+            raise InvalidParameter("Last-Event-ID", f"Last-Event-ID is an id between 0 and {MAX_ID}") from None
+    return poll
+
+
+def parse_frame(text: bytes, settings: Settings) -> Frame:
+    """A frame of a WebSocket client: `{"subscribe":["a"],"start":N}`, `{"unsubscribe":["a"]}`, `{"publish":{…}}`."""
+    fields: _FrameBody = _decode(_frame_body, text, "frame")
+    given = [name for name in ("subscribe", "unsubscribe", "publish") if getattr(fields, name) is not UNSET]
+    if len(given) != 1:
+        raise InvalidRequest("a frame is one of subscribe, unsubscribe and publish")
+    ref = {}
+    if fields.ref is not UNSET:
+        _decode(_anything, bytes(fields.ref), "ref")
+        ref = {"ref": fields.ref}
+    if fields.publish is not UNSET:
+        return Frame((), (), parse_publication(bytes(fields.publish), settings), 0, ref)
+    named = fields.subscribe if fields.subscribe is not UNSET else fields.unsubscribe
+    assert named is not UNSET
+    poll = _poll(given[0], _channels(named, given[0]), _start(fields.start), MAX_ID, 0, settings)
+    if fields.subscribe is not UNSET:
+        return Frame(poll.channels, (), None, poll.start, ref)
+    return Frame((), poll.channels, None, 0, ref)
+
+
+def _start(value: int | str) -> int:
+    if not isinstance(value, str):
+        return _check_id("start", value)
+    if value != "latest":
+        raise _wrong("start")
+    return LATEST
+
+
 def parse_poll_body(body: bytes, settings: Settings) -> Poll:
     """A poll from a JSON object: `{"channels":["a","b"],"start":N,"end":M,"timeout":25}`."""
     fields: _PollBody = _decode(_poll_body, body, "poll")
-    if not isinstance(fields.start, str):
-        start = _check_id("start", fields.start)
-    elif fields.start == "latest":
-        start = LATEST
-    else:
-        raise _wrong("start")
+    start = _start(fields.start)
     end = _check_id("end", fields.end)
     timeout = settings.poll_timeout if fields.timeout is UNSET else fields.timeout
     return _poll("channels", _channels(fields.channels), start, end, timeout, settings)

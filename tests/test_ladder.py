@@ -52,8 +52,9 @@ LADDER = {
         "tokens",
         "wire",
     ),
+    "streams": ("access", "errors", "messages", "realm", "wire"),
     "problems": ("errors",),
-    "web": ("access", "errors", "lane", "messages", "origins", "problems", "realm", "sender", "service", "wire"),
+    "web": ("access", "errors", "lane", "messages", "origins", "problems", "realm", "sender", "service", "streams", "wire"),
     "admin": ("errors", "metrics", "problems", "realm", "service", "version"),
     "demo": (),
     "server": (
