@@ -29,7 +29,7 @@ from pushup.workers import Workers
 EXIT_WRONG_SETTING: Final = 2
 
 GROUPS: Final = {
-    "addresses and broker": ("listen", "admin_listen", "broker", "realm", "name", "workers", "demo"),
+    "addresses and broker": ("listen", "admin_listen", "broker", "realm", "name", "workers", "demo", "nchan"),
     "access": (
         "access",
         "insecure",

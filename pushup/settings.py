@@ -29,6 +29,13 @@ Switch = Annotated[bool, Meta(extra={"must": "be true or false (or yes and no, o
 Listen = Annotated[str, Meta(extra={"must": "be HOST:PORT in quotes", "shown": "HOST:PORT"})]
 Url = Annotated[str, Meta(extra={"must": "be a URL in quotes", "shown": "URL"})]
 File = Annotated[str, Meta(extra={"must": "be the name of a file in quotes", "shown": "FILE"})]
+MountPath = Annotated[
+    str,
+    Meta(
+        pattern=r"^(/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*\Z",
+        extra={"must": "be a path in quotes, like /sub, of letters, digits, dots, dashes, _ and ~", "shown": "PATH"},
+    ),
+]
 NetworkList = Annotated[
     str, Meta(extra={"must": "be addresses and networks in quotes, with commas between them", "shown": "NETWORKS"})
 ]
@@ -55,6 +62,23 @@ Bytes = Annotated[
     int, Meta(ge=1, le=MAX_ID, extra={"must": "be a whole number of bytes, at least 1", "shown": "BYTES"})
 ]
 
+OWN_PATHS: Final = frozenset(
+    (
+        "channels",
+        "demo",
+        "events",
+        "openapi.json",
+        "poll",
+        "publish",
+        "pushup.d.ts",
+        "pushup.js",
+        "realms",
+        "stream",
+        "ws",
+    )
+)
+"""The first segments of the paths that are PushUp's own."""
+
 _PASSWORD: Final = re.compile(r"((?:^[^:/?#]*://|^(?![^:/?#]*://))[^:/?#@]*:)(?s:.*)(?=@)|(password=)[^&]*")
 
 _SWITCH_WORDS: Final = {
@@ -79,6 +103,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     name: Annotated[Name, Meta(description="this node in lists; auto is HOSTNAME and some letters")] = "auto"
     workers: Annotated[Count, Meta(description="node processes that share the port; more than one needs Redis")] = 1
     demo: Annotated[Switch, Meta(description="serve the question board at /")] = False
+    nchan: Annotated[MountPath, Meta(description="serve Nchan's subscriber protocol below this path")] = ""
 
     access: Annotated[File, Meta(description="who may do what: keys and tokens of each realm (TOML)")] = ""
     insecure: Annotated[Switch, Meta(description="allow listening beyond this machine although access is open")] = False
@@ -315,6 +340,9 @@ def _check(settings: Settings, origins: Mapping[str, str]) -> None:
             parse(value)
         except ValueError as error:
             raise _wrong(name, value, origins[name], str(error)) from None
+    first = settings.nchan[1:].partition("/")[0]
+    if first in OWN_PATHS:
+        raise _wrong("nchan", settings.nchan, origins["nchan"], f"what begins with /{first} is PushUp's own")
     if bool(settings.tls_certificate) != bool(settings.tls_key):
         raise SettingsError("tls_certificate and tls_key belong together: one of them is missing")
     if settings.tls_certificate and settings.proxy_protocol:

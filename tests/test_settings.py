@@ -14,6 +14,7 @@ POSITIVE = "it must be a number of seconds, above 0, up to 1000000000"
 COUNT = "it must be a whole number, at least 1"
 BYTES = "it must be a whole number of bytes, at least 1"
 SWITCH = "it must be true or false (or yes and no, on and off, 1 and 0)"
+PATH = "it must be a path in quotes, like /sub, of letters, digits, dots, dashes, _ and ~"
 ADDRESS = "it must be HOST:PORT, or [HOST]:PORT for IPv6"
 
 
@@ -93,6 +94,7 @@ def test_every_setting_is_documented(field: Field) -> None:
         "FILE",
         "NETWORKS",
         "ORIGINS",
+        "PATH",
     }
 
 
@@ -163,6 +165,9 @@ def test_switches(text: str, value: bool) -> None:
         ("realm", "a}b", "it must be 1 to 64 letters, digits, dots, dashes and underscores"),
         ("name", "a b", "it must be 1 to 64 letters, digits, dots, dashes and underscores"),
         ("workers", "0", COUNT),
+        *((("nchan", path, PATH)) for path in ("sub", "/", "/sub/", "//sub", "/../sub", "/sub?id=a", "/{sub}", "/s b")),
+        ("nchan", "/poll", "what begins with /poll is PushUp's own"),
+        ("nchan", "/realms/sub", "what begins with /realms is PushUp's own"),
     ],
 )
 def test_wrong_values(name: str, text: str, why: str) -> None:
@@ -353,6 +358,12 @@ def test_values_as_text(name: str, value: Any, shown: str) -> None:
 def test_a_password_is_not_in_an_error() -> None:
     """Errors end in logs."""
     assert "secret" not in refusal({"broker": "redis://me:secret@there:99999"}, {})
+
+
+@pytest.mark.parametrize("path", ["", "/sub", "/nchan/sub", "/polls", "/v1.0/~sub-1_2"])
+def test_where_nchan_is_mounted(path: str) -> None:
+    """Nowhere, or at a path that is nobody else's."""
+    assert load({"nchan": path}, {}).settings.nchan == path
 
 
 def test_several_processes_need_redis() -> None:
