@@ -12,6 +12,7 @@ Three rules keep the promise:
 * Answering deletes nothing. The cursor of the next poll is the acknowledgement.
 """
 
+import heapq
 import math
 from collections.abc import Iterable, Sequence
 from itertools import chain
@@ -384,6 +385,16 @@ class Hub:
         return [channel.name for channel in forgotten]
 
     # Inside
+
+    def busiest(self, count: int) -> list[tuple[str, int, int]]:
+        """Up to `count` channels with the most parked polls here, then up to `count` with the most messages kept here.
+
+        Name, polls, messages; a channel may be in both. O(channels).
+        """
+        found: list[Channel] = []
+        for measure in (lambda channel: len(channel.parked), lambda channel: len(channel.backlog)):
+            found += heapq.nlargest(count, self._channels.values(), key=measure)
+        return [(channel.name, len(channel.parked), len(channel.backlog)) for channel in found]
 
     def _open(self, name: str) -> Channel:
         channel = self._channels[name] = Channel(name)

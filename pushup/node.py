@@ -71,6 +71,10 @@ class Node:
         """How many channels this node keeps a backlog of."""
         return len(self._hub)
 
+    def busiest(self, count: int) -> list[tuple[str, int, int]]:
+        """The channels of this node with the most polls and with the most messages: see `Hub.busiest`."""
+        return self._hub.busiest(count)
+
     async def start(self) -> None:
         """Connect to the broker."""
         await self.broker.start(self)

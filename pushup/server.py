@@ -26,6 +26,7 @@ from pushup.lane import Lane, Lanes
 from pushup.memory import MemoryBroker
 from pushup.messages import Retention
 from pushup.metrics import Metrics
+from pushup.nchan import add_nchan
 from pushup.node import Node
 from pushup.realm import Realm, read_tokens
 from pushup.redis_url import parse_servers
@@ -159,12 +160,16 @@ class Server:
         self._tls = make_tls(settings)
         started: list[Realm] = []
         app = make_app(service)
+        if settings.nchan:
+            add_nchan(app, service, settings.nchan)
         if settings.demo:
             add_demo(app)
         self._web = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=FLUSH_TIMEOUT_S)
         await self._web.setup()
         self._lanes = Lanes(service, self._borrow)
-        self._admin = web.AppRunner(make_admin_app(service), access_log=None)
+        self._admin = web.AppRunner(
+            make_admin_app(service), access_log=None, handler_cancellation=True, shutdown_timeout=FLUSH_TIMEOUT_S
+        )
         await self._admin.setup()
         loop = asyncio.get_running_loop()
         self._listener = await _listen(

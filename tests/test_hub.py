@@ -646,3 +646,15 @@ def test_an_estimate_beyond_what_is_stored_is_not_believed() -> None:
     ((answer, _),) = hub.learn(take(hub, "a"), history(message(10, "a"), position=20), 0.0)
 
     assert [m.id for m, _ in answer.messages] == [10]
+
+
+def test_the_busiest_channels() -> None:
+    """Those with the most polls first, then those with the most messages kept; a channel may be in both."""
+    hub = Hub(answer_bytes=1000, backlog=10, linger=60)
+    known(hub, "a", "b", "c")
+    hub.deliver("a", message(10, "a"), 0, 0.0)
+    parked(hub, "b", start=11)
+    parked(hub, "b", "c", start=11)
+
+    assert hub.busiest(1) == [("b", 2, 0), ("a", 0, 1)]
+    assert [name for name, _, _ in hub.busiest(2)] == ["b", "c", "a", "b"]

@@ -81,6 +81,7 @@ LADDER = {
         "memory",
         "messages",
         "metrics",
+        "nchan",
         "node",
         "realm",
         "redis_broker",
