@@ -1,4 +1,4 @@
-"""The admin listener: is the node alive, is it ready, what has it counted."""
+"""The admin listener: is the node alive, is it ready, what has it counted; and the dashboard, for people."""
 
 import logging
 from collections.abc import Awaitable, Callable
@@ -7,6 +7,7 @@ from typing import Final
 import msgspec
 from aiohttp import web
 
+from pushup.dashboard import make_dashboard
 from pushup.errors import NotFound, PushUpError
 from pushup.metrics import CONTENT_TYPE
 from pushup.problems import problem_response, translate
@@ -19,6 +20,7 @@ log = logging.getLogger("pushup.admin")
 INDEX: Final = """\
 PushUp {version}, admin listener
 
+/               the dashboard, for browsers; this list for everything else
 /health/live    200 while the process turns
 /health/ready   200 while it is ready for polls, 503 while it is not
 /metrics        Prometheus metrics
@@ -30,8 +32,13 @@ def make_admin_app(service: Service) -> web.Application:
     """The application behind the admin listener."""
     metrics = service.metrics
 
-    async def index(request: web.Request) -> web.Response:
-        return web.Response(text=INDEX.format(version=__version__))
+    async def index(request: web.Request) -> web.StreamResponse:
+        if "text/html" in request.headers.get("Accept", "").lower():
+            response = await page(request)
+        else:
+            response = web.Response(text=INDEX.format(version=__version__))
+        response.headers["Vary"] = "Accept"
+        return response
 
     async def live(request: web.Request) -> web.Response:
         return _health(True, "the event loop turns")
@@ -57,7 +64,8 @@ def make_admin_app(service: Service) -> web.Application:
             counted.ready = realm.node.ready
         return web.Response(body=metrics.exposition(), headers={"Content-Type": CONTENT_TYPE})
 
-    app = web.Application(middlewares=[_say_errors])
+    app = web.Application(middlewares=[_say_errors], client_max_size=service.settings.body_bytes_max)
+    page = make_dashboard(app, service)
     app.router.add_get("/", index)
     app.router.add_get("/health/live", live)
     app.router.add_get("/health/ready", ready)
