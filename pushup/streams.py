@@ -14,9 +14,10 @@ import msgspec
 from aiohttp import WSCloseCode, WSMsgType, web
 
 from pushup.access import Grant
-from pushup.errors import PushUpError, TokenExpired, TooLarge, Unauthorized
+from pushup.errors import ChannelNotFound, InvalidRequest, PushUpError, TokenExpired, TooLarge, Unauthorized
 from pushup.messages import MAX_ID, Answer, Poll, is_integer, show_channel
 from pushup.realm import Realm
+from pushup.service import Seat
 from pushup.wire import Frame, parse_frame, show_receipt
 
 RETRY_MS: Final = (1000, 3000)
@@ -27,6 +28,12 @@ MALFORMED: Final = 4400
 """Close codes of our own: those from 4000 on are an application's."""
 
 HEADERS: Final = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+
+GOODBYE_S: Final = 2.0
+"""How long a WebSocket client may take to agree that its connection is closed."""
+
+Meet = Callable[[], Awaitable[Grant | None]]
+"""Says what a client may do now; None where nobody has to be known. Raises Unauthorized, Unavailable."""
 
 
 class Waiter:
@@ -62,11 +69,18 @@ async def ask(realm: Realm, grant: Grant | None, poll: Poll) -> Answer:
 
 
 class Follower:
-    """One subscription of a stream, and its cursor."""
+    """One subscription of a stream, and its cursor.
 
-    def __init__(self, realm: Realm, grant: Grant | None, channels: Sequence[str], start: int) -> None:
+    With `meet` its rights are looked at again with every poll, so that a key that is taken away ends it, and a token
+    that expires while there is always something to read.
+    """
+
+    def __init__(
+        self, realm: Realm, grant: Grant | None, channels: Sequence[str], start: int, meet: Meet | None = None
+    ) -> None:
         self._realm = realm
         self._grant = grant
+        self._meet = meet
         self._timeout = 0.0
         self.channels = tuple(channels)
         self.start = start
@@ -75,15 +89,34 @@ class Follower:
         """Whether the node goes away, so that the client had better come back to another one."""
 
     async def next(self) -> Answer:
+        """The next answer, handed over: `ask` and `take`."""
+        answer = await self.ask()
+        self.take(answer)
+        return answer
+
+    async def ask(self) -> Answer:
         """The next answer: the first at once, so that there is a cursor, then at least one for each heartbeat."""
-        answer = await ask(self._realm, self._grant, Poll(self.channels, self.start, MAX_ID, self._timeout))
+        if self._timeout and self._meet is not None:
+            self._grant = await self._meet()
+            if self._grant is not None:
+                self._grant.check("subscribe", self.channels)
+        try:
+            return await ask(self._realm, self._grant, Poll(self.channels, self.start, MAX_ID, self._timeout))
+        except ChannelNotFound as error:
+            name = str(error.members["channel"])
+            if not self._timeout or name not in self.channels:
+                raise
+            # It was closed between two polls.
+            return Answer((), self.start, "gone", closed=name)
+
+    def take(self, answer: Answer) -> None:
+        """The client was sent the answer: go on behind it."""
         self._timeout = self._realm.settings.heartbeat
         self.start = answer.next
         self.is_drained = answer.reason == "drain" or self._realm.node.draining
-        if answer.closed is not None and is_integer(answer.closed):
-            # It never comes back, and a poll that names it would be an error.
+        if answer.closed is not None and (is_integer(answer.closed) or answer.reason == "gone"):
+            # A poll that names it would be an error.
             self.channels = tuple(name for name in self.channels if name != answer.closed)
-        return answer
 
 
 class Form(Protocol):
@@ -110,6 +143,13 @@ class EventStream:
         return b"retry: %d\n\n" % random.randint(*RETRY_MS)
 
     def show(self, answer: Answer) -> bytes:
+        # All who get the same answer share it.
+        shown = answer.rendered.get(self.content_type)
+        if shown is None:
+            shown = answer.rendered[self.content_type] = self._render(answer)
+        return shown
+
+    def _render(self, answer: Answer) -> bytes:
         # A block without data has the browser note the id and nothing else.
         blocks = []
         if answer.gap:
@@ -141,20 +181,30 @@ class JsonLines:
 
 
 async def stream(request: web.Request, follower: Follower, form: Form) -> web.StreamResponse:
-    """Write answers until the client goes, the node drains or something ends it."""
+    """Write answers until the client goes, the node drains or something ends it.
+
+    A stream that begins on a node that drains already waits for its second answer, as a poll does.
+    """
     answer = await follower.next()  # What is wrong so far is a status.
     response = web.StreamResponse(headers={**HEADERS, "Content-Type": form.content_type})
-    await response.prepare(request)
+    writer = await response.prepare(request)
+    assert writer is not None
     if request.method == "HEAD":
         return response
-    await response.write(form.begin() + form.show(answer))
     try:
-        while follower.channels and not follower.is_drained:
-            answer = await follower.next()
-            await response.write(form.show(answer))
-    except PushUpError as error:
-        await response.write(form.fail(error))
-    await response.write_eof()
+        await response.write(form.begin() + form.show(answer))
+        try:
+            while follower.channels:
+                await writer.drain()  # `write` waits for a client that does not read only now and then.
+                answer = await follower.next()
+                await response.write(form.show(answer))
+                if follower.is_drained:
+                    break
+        except PushUpError as error:
+            await response.write(form.fail(error))
+        await response.write_eof()
+    except ConnectionError:
+        pass  # The client is gone.
     return response
 
 
@@ -164,20 +214,34 @@ class Socket:
     def __init__(
         self,
         realm: Realm,
-        reader: Callable[[Sequence[str]], Awaitable[Grant | None]],
+        reader: Meet,
         writer: Callable[[], Awaitable[Grant]],
+        seat: Callable[[Grant | None], Seat],
     ) -> None:
-        """`reader` lets a subscription in, `writer` says what the sender may publish; both may object by raising."""
+        """`reader` and `writer` say who subscribes and who publishes; `seat` counts a subscription as a poll."""
         self._realm = realm
         self._reader = reader
         self._writer = writer
+        self._seat = seat
         settings = realm.settings
-        self._socket = web.WebSocketResponse(heartbeat=settings.heartbeat, max_msg_size=settings.body_bytes_max)
+        self._socket = web.WebSocketResponse(
+            timeout=GOODBYE_S,
+            heartbeat=settings.heartbeat,
+            compress=False,  # It would take a quarter of a megabyte for each client.
+            max_msg_size=settings.body_bytes_max,
+            writer_limit=0,
+        )
         self._tasks: dict[Follower, asyncio.Task[None]] = {}
+        self._seats: dict[Follower, Seat] = {}
+        self._sending = asyncio.Lock()
+        """Held until the client has room for more: all subscriptions together leave one frame unread, not one each."""
 
     def can_serve(self, request: web.Request) -> bool:
         """Whether the request asks for a WebSocket."""
-        return self._socket.can_prepare(request).ok
+        try:
+            return self._socket.can_prepare(request).ok
+        except ValueError:  # A key that is not even ASCII.
+            return False
 
     async def run(self, request: web.Request) -> web.WebSocketResponse:
         """Serve the client until one side closes."""
@@ -185,14 +249,18 @@ class Socket:
         await socket.prepare(request)
         try:
             async for message in socket:
-                if message.type is not WSMsgType.TEXT:
-                    await socket.close(code=MALFORMED, message=b"frames are text")
-                    break
-                await self._take(message.data)
+                if message.type is WSMsgType.TEXT:
+                    await self._take(message.data)
+                elif message.type is WSMsgType.BINARY:
+                    await self._end(InvalidRequest("a frame is text"), MALFORMED)
+        except ConnectionError:
+            pass  # The client is gone.
         finally:
             for task in self._tasks.values():
                 task.cancel()
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+            for follower in list(self._seats):
+                self._forget(follower)
         return socket
 
     async def close(self) -> None:
@@ -200,21 +268,25 @@ class Socket:
         await self._socket.close(code=WSCloseCode.GOING_AWAY)
 
     async def _take(self, text: str) -> None:
-        ref: dict[str, Any] = {}
         try:
-            frame = parse_frame(text.encode(errors="surrogatepass"), self._realm.settings)
-            ref = frame.ref
+            frame = parse_frame(text.encode(), self._realm.settings)
+        except InvalidRequest as error:
+            await self._end(error, MALFORMED)
+            return
+        try:
+            if frame.error is not None:
+                raise frame.error
             if frame.publication is not None:
                 await self._publish(frame)
             elif frame.unsubscribe:
                 await self._drop(frame.unsubscribe)
-                await self._say({"unsubscribed": [show_channel(name) for name in frame.unsubscribe], **ref})
+                await self._say({"unsubscribed": [show_channel(name) for name in frame.unsubscribe], **frame.ref})
             else:
                 await self._subscribe(frame)
         except Unauthorized as error:
-            await self._refuse(error)
+            await self._end(error, TOKEN_REFUSED, frame.ref)
         except PushUpError as error:
-            await self._say({"error": error.problem(), **ref})
+            await self._say({"error": error.problem(), **frame.ref})
 
     async def _publish(self, frame: Frame) -> None:
         assert frame.publication is not None
@@ -225,59 +297,82 @@ class Socket:
         await self._say({"published": show_receipt(receipt), **frame.ref})
 
     async def _subscribe(self, frame: Frame) -> None:
-        grant = await self._reader(frame.subscribe)
+        grant = await self._reader()
+        if grant is not None:
+            self._realm.admit(grant, frame.subscribe)
         watched = {name for follower in self._tasks for name in follower.channels}
         most = self._realm.settings.poll_channels_max
         if len(watched | set(frame.subscribe)) > most:
             raise TooLarge(f"a connection subscribes to at most {most} channels")
-        follower = Follower(self._realm, grant, frame.subscribe, frame.start)
-        answer = await follower.next()  # From here on there is a cursor, and "latest" is a moment.
+        follower = Follower(self._realm, grant, frame.subscribe, frame.start, self._reader)
+        self._seats[follower] = self._seat(grant)
+        try:
+            answer = await follower.ask()  # From here on there is a cursor, and "latest" is a moment.
+        except PushUpError:
+            self._forget(follower)
+            raise
         await self._drop(frame.subscribe)
         await self._say({"subscribed": [show_channel(name) for name in frame.subscribe], **frame.ref})
-        await self._show(answer, frame.subscribe)
-        self._start(follower)
+        await self._show(follower, answer)
+        if follower.channels:
+            self._start(follower)
+        else:
+            self._forget(follower)
 
     def _start(self, follower: Follower) -> None:
         self._tasks[follower] = asyncio.create_task(self._follow(follower))
 
+    def _forget(self, follower: Follower) -> None:
+        """The subscription has ended."""
+        self._tasks.pop(follower, None)
+        self._seats.pop(follower).leave()
+
     async def _drop(self, channels: Sequence[str]) -> None:
         """Take channels out of the subscriptions they are in; the rest of these goes on from its cursor."""
-        for follower, task in list(self._tasks.items()):
-            if set(follower.channels).isdisjoint(channels):
+        for follower in list(self._tasks):
+            task = self._tasks.get(follower)
+            if task is None or set(follower.channels).isdisjoint(channels):
                 continue
-            del self._tasks[follower]
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+            if follower not in self._tasks:
+                continue  # It has ended by itself.
             follower.channels = tuple(name for name in follower.channels if name not in channels)
             if follower.channels:
                 self._start(follower)
+            else:
+                self._forget(follower)
 
     async def _follow(self, follower: Follower) -> None:
         try:
             while follower.channels:
-                channels = follower.channels
-                answer = await follower.next()
-                await self._show(answer, channels)
+                await self._show(follower, await follower.ask())
                 if follower.is_drained:
                     await self.close()
-                    return
+                    break
+        except asyncio.CancelledError:
+            raise  # It goes on with other channels, or the connection has ended.
         except Unauthorized as error:
-            await self._refuse(error)
+            await self._end(error, TOKEN_REFUSED)
         except PushUpError as error:
             await self._say({"error": error.problem(), "for": [show_channel(name) for name in follower.channels]})
         except ConnectionError:
             pass  # The client is gone; the reader of its frames hears of it, too.
-        finally:
-            if self._tasks.get(follower) is asyncio.current_task():
-                del self._tasks[follower]
+        self._forget(follower)
 
-    async def _show(self, answer: Answer, channels: Sequence[str]) -> None:
-        names = msgspec.json.encode([show_channel(name) for name in channels])
-        await self._socket.send_frame(answer.body[:-1] + b',"for":%b}' % names, WSMsgType.TEXT)
+    async def _show(self, follower: Follower, answer: Answer) -> None:
+        names = msgspec.json.encode([show_channel(name) for name in follower.channels])
+        frame = answer.body[:-1] + b',"for":%b}' % names
+        async with self._sending:
+            # Not before, as whoever waits for the lock may be cancelled, and not after, as the frame is out by then.
+            follower.take(answer)
+            await self._socket.send_frame(frame, WSMsgType.TEXT)
 
     async def _say(self, frame: dict[str, Any]) -> None:
-        await self._socket.send_frame(msgspec.json.encode(frame), WSMsgType.TEXT)
+        async with self._sending:
+            await self._socket.send_frame(msgspec.json.encode(frame), WSMsgType.TEXT)
 
-    async def _refuse(self, error: Unauthorized) -> None:
-        await self._say({"error": error.problem()})
-        await self._socket.close(code=TOKEN_REFUSED, message=error.code.encode())
+    async def _end(self, error: PushUpError, code: int, ref: dict[str, Any] | None = None) -> None:
+        """Say what is wrong, and close."""
+        await self._say({"error": error.problem(), **(ref or {})})
+        await self._socket.close(code=code, message=error.code.encode())

@@ -6,7 +6,8 @@ about malformed requests is a problem document like every other error, and it sa
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+import random
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from time import time
@@ -24,7 +25,7 @@ from pushup.problems import BODY_TOO_LARGE, problem_response, translate
 from pushup.realm import Realm
 from pushup.sender import Sender
 from pushup.service import Seat, Service
-from pushup.streams import EventStream, Follower, Form, JsonLines, Socket, ask, stream
+from pushup.streams import GOODBYE_S, RETRY_MS, EventStream, Follower, Form, JsonLines, Meet, Socket, ask, stream
 from pushup.wire import (
     find_token,
     is_batch,
@@ -322,7 +323,7 @@ class _Api:
             # A browser that comes back takes any status but 200 for the end.
             self._service.metrics.count_refused(error)
             seconds = error.members["retry_after"]
-            body = b"retry: %d\n\n" % (1000 * seconds)
+            body = b"retry: %d\n\n" % (1000 * seconds + random.randint(*RETRY_MS))
             return web.Response(body=body, content_type=EventStream.content_type, headers={"Retry-After": str(seconds)})
 
     async def lines(self, request: web.Request) -> web.StreamResponse:
@@ -335,38 +336,48 @@ class _Api:
         if grant is not None:
             realm.admit(grant, poll.channels)
         with self._seat(request, grant), self._counted(form.content_type):
-            follower = Follower(realm, grant, poll.channels, poll.start)
-            return await stream(request, follower, form)
+            meet = self._reader(realm, request[SENDER], find_token(query))
+            return await stream(request, Follower(realm, grant, poll.channels, poll.start, meet), form)
 
     async def socket(self, request: web.Request) -> web.StreamResponse:
         query = request.rel_url.raw_query_string
-        token = parse_token_query(query)
+        token = find_token(query)
         realm, _ = await self._let_in(request, token)
+        parse_token_query(query)
         sender = request[SENDER]
-
-        async def reader(channels: Sequence[str]) -> Grant | None:
-            if realm.open_to_read:
-                return None
-            grant = await realm.meet(sender, token, time())
-            realm.admit(grant, channels)
-            return grant
-
-        async def writer() -> Grant:
-            return await realm.meet(sender, token, time())
-
-        socket = Socket(realm, reader, writer)
+        clients = self._service.clients
+        socket = Socket(
+            realm,
+            reader=self._reader(realm, sender, token),
+            writer=lambda: realm.meet(sender, token, time()),
+            seat=lambda grant: Seat(clients, grant, None),
+        )
         if not socket.can_serve(request):
             raise InvalidRequest("this path speaks WebSocket")
         self._sockets.add(socket)
         try:
-            with self._counted("websocket"):
+            with self._seat(request, None), self._counted("websocket"):
                 return await socket.run(request)
         finally:
             self._sockets.discard(socket)
 
     async def close_sockets(self, app: web.Application) -> None:
         """The server stops."""
-        await asyncio.gather(*(socket.close() for socket in self._sockets), return_exceptions=True)
+        closing = [asyncio.create_task(socket.close()) for socket in self._sockets]
+        if closing:
+            _, late = await asyncio.wait(closing, timeout=GOODBYE_S)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*closing, return_exceptions=True)
+
+    @staticmethod
+    def _reader(realm: Realm, sender: Sender, token: str | None) -> Meet:
+        """Who reads a stream, asked again whenever it goes on."""
+
+        async def meet() -> Grant | None:
+            return None if realm.open_to_read else await realm.meet(sender, token, time())
+
+        return meet
 
     @contextmanager
     def _counted(self, transport: str) -> Iterator[None]:

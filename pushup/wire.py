@@ -96,22 +96,31 @@ class _RenewBody(msgspec.Struct, forbid_unknown_fields=True):
 
 class _FrameBody(msgspec.Struct, forbid_unknown_fields=True):
     subscribe: list[str | int] | UnsetType = UNSET
-    start: int | str = 0
+    start: int | str | UnsetType = UNSET
     unsubscribe: list[str | int] | UnsetType = UNSET
     publish: Raw | UnsetType = UNSET
     ref: Raw | UnsetType = UNSET
 
 
+class _FrameRef(msgspec.Struct):
+    ref: Raw | UnsetType = UNSET
+
+
 class Frame(NamedTuple):
-    """What a client sends over a WebSocket: one of the first three. `ref` is for the answer: `{}` or `{"ref": …}`."""
+    """What a client sends over a WebSocket: one of the first three, or what is wrong with it.
+
+    `start` belongs to `subscribe`; `ref` is for the answer: `{}` or `{"ref": …}`.
+    """
 
     subscribe: tuple[str, ...]
     unsubscribe: tuple[str, ...]
     publication: Publication | None
     start: int
     ref: dict[str, Any]
+    error: PushUpError | None = None
 
 
+_frame_ref = msgspec.json.Decoder(_FrameRef)
 _frame_body = msgspec.json.Decoder(_FrameBody)
 _poll_body = msgspec.json.Decoder(_PollBody)
 _publication_body = msgspec.json.Decoder(_PublicationBody)
@@ -164,10 +173,14 @@ def find_token(query: str) -> str | None:
 
 def parse_token_query(query: str) -> str | None:
     """The token from a URL's raw query that may have nothing else."""
-    for pair in query.split("&"):
+    seen = False
+    for pair in filter(None, query.split("&")):
         name, _ = _split(pair)
-        if pair and name != TOKEN:
+        if name != TOKEN:
             raise _unknown(name, "WebSocket")
+        if seen:
+            raise InvalidParameter(name, f"{name} is given more than once")
+        seen = True
     return find_token(query)
 
 
@@ -187,23 +200,46 @@ def parse_stream_query(query: str, last_event_id: str | None, settings: Settings
 
 
 def parse_frame(text: bytes, settings: Settings) -> Frame:
-    """A frame of a WebSocket client: `{"subscribe":["a"],"start":N}`, `{"unsubscribe":["a"]}`, `{"publish":{…}}`."""
+    """A frame of a WebSocket client: `{"subscribe":["a"],"start":N}`, `{"unsubscribe":["a"]}`, `{"publish":{…}}`.
+
+    What is wrong with it is in the frame, so that it can be told with its `ref`. Raises InvalidRequest for what is not
+    a JSON object at all.
+    """
+    try:
+        return _parse_frame(text, settings)
+    except PushUpError as error:
+        fields: _FrameRef = _decode(_frame_ref, text, "frame")
+        try:
+            ref = _ref(fields.ref)
+        except InvalidRequest:
+            ref = {}
+        return Frame((), (), None, 0, ref, error)
+
+
+def _parse_frame(text: bytes, settings: Settings) -> Frame:
     fields: _FrameBody = _decode(_frame_body, text, "frame")
     given = [name for name in ("subscribe", "unsubscribe", "publish") if getattr(fields, name) is not UNSET]
     if len(given) != 1:
         raise InvalidRequest("a frame is one of subscribe, unsubscribe and publish")
-    ref = {}
-    if fields.ref is not UNSET:
-        _decode(_anything, bytes(fields.ref), "ref")
-        ref = {"ref": fields.ref}
+    ref = _ref(fields.ref)
+    if fields.start is not UNSET and fields.subscribe is UNSET:
+        raise InvalidParameter("start", f"start belongs to subscribe, not to {given[0]}")
     if fields.publish is not UNSET:
         return Frame((), (), parse_publication(bytes(fields.publish), settings), 0, ref)
     named = fields.subscribe if fields.subscribe is not UNSET else fields.unsubscribe
     assert named is not UNSET
-    poll = _poll(given[0], _channels(named, given[0]), _start(fields.start), MAX_ID, 0, settings)
+    start = 0 if fields.start is UNSET else _start(fields.start)
+    poll = _poll(given[0], _channels(named, given[0]), start, MAX_ID, 0, settings)
     if fields.subscribe is not UNSET:
         return Frame(poll.channels, (), None, poll.start, ref)
     return Frame((), poll.channels, None, 0, ref)
+
+
+def _ref(ref: Raw | UnsetType) -> dict[str, Any]:
+    if isinstance(ref, UnsetType):
+        return {}
+    _decode(_anything, bytes(ref), "ref")
+    return {"ref": ref}
 
 
 def _start(value: int | str) -> int:
