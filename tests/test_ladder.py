@@ -52,7 +52,7 @@ LADDER = {
         "tokens",
         "wire",
     ),
-    "streams": ("access", "errors", "messages", "realm", "wire"),
+    "streams": ("access", "errors", "messages", "realm", "service", "wire"),
     "problems": ("errors",),
     "web": (
         "access",
