@@ -31,7 +31,8 @@ from pushup.errors import PushUpError, SettingsError
 from pushup.metrics import Metrics
 from pushup.settings import FIELDS, REALM_SETTINGS, Field, show
 
-ROOT: Final = Path(__file__).parent.parent
+DOCS: Final = Path(__file__).parent
+ROOT: Final = DOCS.parent
 
 SETTINGS_PAGE: Final = "reference/settings.md"
 ERRORS_PAGE: Final = "reference/errors.md"
@@ -53,6 +54,24 @@ _HEADING: Final = re.compile(r"^(#+) (.*)$")
 _LINK: Final = re.compile(r"\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 _CODE: Final = re.compile(r"(<(a|pre|h[1-6])\b.*?</\2>)|<code>([a-z_]+)</code>", re.S)
 _UNITS: Final = (("MiB", 1024 * 1024), ("KiB", 1024))
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Called by MkDocs first: a name with a star in the navigation stands for all pages that match, if any."""
+
+    def expand(items: Sequence[Any]) -> list[Any]:
+        expanded: list[Any] = []
+        for item in items:
+            if isinstance(item, dict):
+                expanded += [{title: expand(below) for title, below in item.items()}]
+            elif "*" in item:
+                expanded += sorted(str(path.relative_to(DOCS)) for path in DOCS.glob(item))
+            else:
+                expanded.append(item)
+        return expanded
+
+    config.nav = expand(config.nav or [])
+    return config
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
@@ -320,8 +339,7 @@ def _show_type(api: Any, schema: Mapping[str, Any]) -> str:
     if "enum" in schema:
         return ", ".join(f"`{value}`" for value in schema["enum"])
     kind = schema.get("type", "any JSON value")
-    if isinstance(kind, list):
-        return " or ".join(kind)
+    kind = " or ".join(kind) if isinstance(kind, list) else str(kind)
     if kind == "array":
         return f"array of {_show_type(api, schema.get('items', {}))}" + _show_bounds(schema)
     return kind + _show_bounds(schema)
@@ -416,12 +434,13 @@ def _rewrite(markdown: str, file: str) -> str:
     """Links of a file as links to pages; what the site does not have is text."""
 
     def turn(match: re.Match[str]) -> str:
-        text, target = match.groups()
-        if "://" in target or target.startswith("#"):
+        text, target = match.group(1), match.group(2)
+        if "://" in target:
             return match.group()
         path, _, anchor = target.partition("#")
-        page = PAGES.get(str((ROOT / file).parent.joinpath(path).resolve().relative_to(ROOT)))
-        if page is None or not (ROOT / "docs" / page).exists():
+        meant = (ROOT / file).parent.joinpath(path).resolve() if path else ROOT / file
+        page = PAGES.get(str(meant.relative_to(ROOT)))
+        if page is None or not (DOCS / page).exists():
             return text if "`" in text else f"`{text}`"
         return f"[{text}](page:{page}{'#' if anchor else ''}{anchor})"
 
