@@ -123,7 +123,13 @@ class AsyncPerformer:
             # A session's own limit of 100 connections would let other polls wait for a free one.
             connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_S)
             self._session = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+            # It would repeat GET and DELETE once by itself, and at once: dialogues know better.
+            self._session._retry_connection = False
         request = step.request
+        if request.body is not None:
+            # The loop may not have seen yet that an idle connection has ended, and this may have to be sent only once.
+            for _ in range(3):
+                await asyncio.sleep(0)
         timeout = aiohttp.ClientTimeout(connect=min(CONNECT_S, step.silence), sock_read=step.silence, total=None)
         try:
             async with self._session.request(

@@ -13,7 +13,7 @@ publications with a key. Of anything else the caller is told that it may have be
 """
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from itertools import pairwise
 from typing import Any, Final, NamedTuple, TypeVar
@@ -233,7 +233,14 @@ def _classes(root: type[PushUpError]) -> Iterable[type[PushUpError]]:
 
 
 _KINDS: Final = {kind.code: kind for kind in _classes(PushUpError)}
-_STATUSES: Final = {401: Unauthorized, 403: Forbidden, 404: NotFound, 408: RequestTimeout, 413: TooLarge, 429: TooMany}
+_STATUSES: Final[Mapping[int, type[PushUpError]]] = {
+    401: Unauthorized,
+    403: Forbidden,
+    404: NotFound,
+    408: RequestTimeout,
+    413: TooLarge,
+    429: TooMany,
+}
 """What an answer means that is no problem document, by its status: from a proxy, or from something else entirely."""
 
 
@@ -307,8 +314,8 @@ def header_fields(request: Request, token: str | None) -> dict[str, str]:
     if request.body is not None:
         fields["Content-Type"] = "application/json"
     if token is not None:
-        if not isinstance(token, str) or not token or not all("!" <= char <= "~" for char in token):
-            raise InvalidParameter("token", "a token or key is a string of printable ASCII characters, without blanks")
+        if not token or not all("!" <= char <= "~" for char in token):
+            raise InvalidParameter("token", "a token or key is printable ASCII, without blanks")
         fields["Authorization"] = f"Bearer {token}"
     return fields
 
@@ -487,7 +494,7 @@ def _publish(
         said = _read_results(outcome, len(waiting), len(publications) == 1)
         again: list[int] = []
         trouble: PushUpError | None = None
-        for at, result in zip(waiting, said or [None] * len(waiting), strict=True):
+        for at, result in zip(waiting, said if said is not None else [None] * len(waiting), strict=True):
             repeatable = publications[at].key is not None
             if result is None:
                 error, may = _judge(outcome, repeatable)
@@ -521,7 +528,7 @@ def _encode(publications: Sequence[Publication], alone: bool) -> bytes:
     return msgspec.json.encode(items[0] if alone else items)
 
 
-def _read_results(outcome: Reply | Failure, count: int, alone: bool) -> Sequence[Receipt | PushUpError] | None:
+def _read_results(outcome: Reply | Failure, count: int, alone: bool) -> Sequence[Receipt | PushUpError | None] | None:
     """A result for each publication, or None if the outcome has none."""
     if isinstance(outcome, Failure) or outcome.status != (201 if alone else 200):
         return None
@@ -529,7 +536,7 @@ def _read_results(outcome: Reply | Failure, count: int, alone: bool) -> Sequence
         said = [_result.decode(outcome.body)] if alone else _results.decode(outcome.body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
-    results: list[Receipt | PushUpError] = []
+    results: list[Receipt | PushUpError | None] = []
     for one in said:
         if one.error is not None:
             results.append(make_error(one.error))
@@ -546,8 +553,11 @@ class Place:
     """Where a subscription is. `cursor` is None until the first answer, if it began with the latest."""
 
     cursor: int | None
-    told: int | None = None
-    """The cursor that the consumer was told last."""
+    told: int | None = field(init=False)
+    """The cursor that the consumer knows."""
+
+    def __post_init__(self) -> None:
+        self.told = self.cursor
 
 
 @dataclass(frozen=True)
