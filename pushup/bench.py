@@ -485,7 +485,8 @@ class _Run:
     async def _publish_all(self) -> None:
         shown = 0.0
         for number in range(self._total):
-            while (wait := self._due_at(number) - now_s()) > 0:
+            # A timer of the loop may go off a millisecond early.
+            while (wait := self._due_at(number) - now_s()) > 0:  # noqa: ASYNC110
                 await asyncio.sleep(wait)
             self._due.append(number)
             self.publish()
@@ -712,7 +713,7 @@ def to_json(report: Report) -> str:
     return json.dumps({**msgspec.to_builtins(report), "kept": report.kept, "warning": report.warning}, indent=2)
 
 
-def show(report: Report, *, fancy: bool = True) -> str:
+def show_report(report: Report, *, fancy: bool = True) -> str:
     """The report for people; `fancy` draws bars by block characters."""
     load = report.load
     lines = [

@@ -12,7 +12,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args, get_origin, get_type_hints
 
-from pushup.errors import Forbidden, PushUpError, SettingsError, TooMany, Unauthorized, Unavailable
+from pushup.errors import Forbidden, InvalidRequest, PushUpError, SettingsError, TooMany, Unauthorized, Unavailable
 from pushup.settings import ENV_PREFIX, FIELDS, Loaded, Settings, load, show
 from pushup.version import __version__
 
@@ -386,7 +386,7 @@ def complain(error: PushUpError, where: str = "") -> int:
     for kinds, status in (
         ((Unauthorized, Forbidden), EXIT_REFUSED),
         ((Unavailable, TooMany), EXIT_UNAVAILABLE),
-        (SettingsError, EXIT_WRONG_SETTING),
+        ((SettingsError, InvalidRequest), EXIT_WRONG_SETTING),
     ):
         if isinstance(error, kinds):
             return status
@@ -394,21 +394,21 @@ def complain(error: PushUpError, where: str = "") -> int:
 
 
 def _publish(options: dict[str, Any]) -> int:
-    from pushup import commands
+    from pushup.commands import make_data, open_publisher, publish, publish_lines, split_channels
 
     if options["lines"] == (options["data"] is not None):
         raise SettingsError("publish wants either DATA or --lines")
-    channels, key, as_json = commands.split_channels(options["channels"]), options["key"], options["json"]
+    channels, key, as_json = split_channels(options["channels"]), options["key"], options["json"]
     source = sys.stdin.buffer
     if options["lines"]:
-        with commands.open_publisher(options, os.environ) as publisher:
-            return commands.publish_lines(
+        with open_publisher(options, os.environ) as publisher:
+            return publish_lines(
                 publisher, channels, source, key, as_text=options["text"], as_json=as_json, complain=complain
             )
     text = source.read() if options["data"] == "-" else os.fsencode(options["data"])
-    data = commands.make_data(text, as_text=options["text"])
-    with commands.open_publisher(options, os.environ) as publisher:
-        commands.publish(publisher, channels, data, key, as_json=as_json)
+    data = make_data(text, as_text=options["text"])
+    with open_publisher(options, os.environ) as publisher:
+        publish(publisher, channels, data, key, as_json=as_json)
     return 0
 
 
@@ -416,19 +416,19 @@ def _listen(options: dict[str, Any]) -> int:
     import asyncio
     import logging
 
-    from pushup import commands
+    from pushup.commands import CursorFile, Notices, find_service, listen, parse_beginning
 
-    notices = commands.Notices(as_json=options["json"])
+    notices = Notices(as_json=options["json"])
     log = logging.getLogger("pushup.client")
     log.setLevel(logging.INFO)
     log.addHandler(notices)
     file = options["cursor_file"]
     asyncio.run(
-        commands.listen(
-            commands.find_service(options, os.environ),
+        listen(
+            find_service(options, os.environ),
             options["channels"],
-            start=commands.parse_beginning(options["start"]),
-            cursor_file=commands.CursorFile(Path(file)) if file else None,
+            start=parse_beginning(options["start"]),
+            cursor_file=CursorFile(Path(file)) if file else None,
             count=options["count"],
             seconds=options["seconds"],
             only_data=options["data"],
@@ -441,10 +441,10 @@ def _listen(options: dict[str, Any]) -> int:
 def _channels(options: dict[str, Any]) -> int:
     import asyncio
 
-    from pushup import commands
+    from pushup.commands import find_service, list_channels, print_channels
 
-    service = commands.find_service(options, os.environ)
-    commands.print_channels(asyncio.run(commands.list_channels(service)), as_json=options["json"])
+    service = find_service(options, os.environ)
+    print_channels(asyncio.run(list_channels(service)), as_json=options["json"])
     return 0
 
 
@@ -453,27 +453,28 @@ def _bench(options: dict[str, Any]) -> int:
 
     import uvloop
 
-    from pushup import bench, commands
+    from pushup.bench import Load, ProgressBar, check, measure, show_report, to_json
+    from pushup.commands import find_service
     from pushup.dialogue import parse_base
 
-    service = commands.find_service(options, os.environ)
-    load = bench.Load(
+    service = find_service(options, os.environ)
+    load = Load(
         url=parse_base(service.url, service.realm).url,
         token=service.token() if service.token else None,
         **{name: options[name] for name in ("pollers", "channels", "rate", "seconds", "size")},
     )
-    bench.check(load, options["confirm"])
-    bar = bench.ProgressBar(sys.stderr) if sys.stderr.isatty() else None
+    check(load, options["confirm"])
+    bar = ProgressBar(sys.stderr) if sys.stderr.isatty() else None
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            report = runner.run(bench.measure(load, bar or (lambda what, done, total: None)))
+            report = runner.run(measure(load, bar or (lambda what, done, total: None)))
     finally:
         if bar:
             bar.wipe()
     if options["json"]:
-        print(bench.to_json(report))
+        print(to_json(report))
     else:
-        print(bench.show(report, fancy=(sys.stdout.encoding or "").lower().startswith("utf")))
+        print(show_report(report, fancy=(sys.stdout.encoding or "").lower().startswith("utf")))
     if report.warning:
         print(f"pushup: {report.warning}", file=sys.stderr)
     return 0 if report.kept else EXIT_FAILED
