@@ -13,6 +13,7 @@ in a page as code become links to what is said of them.
 
 import argparse
 import json
+import os
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,6 +49,8 @@ PAGES: Final = {
     "pushup/openapi.json": "reference/http.md",
 }
 """Files of the repository, and the pages that show them."""
+
+HELP_COLUMNS: Final = 96
 
 _FILL: Final = re.compile(r"^<!-- fill: (\w+)(?: (.*?))? -->$", re.M)
 _HEADING: Final = re.compile(r"^(#+) (.*)$")
@@ -169,6 +172,7 @@ def show_metrics() -> str:
 
 def show_commands() -> str:
     """Each command's help. The settings, which several take, have a page of their own."""
+    os.environ["COLUMNS"] = str(HELP_COLUMNS)  # Which argparse believes more than the terminal.
     parser = make_parser()
     (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     parts = [_text_block(parser.format_help())]
