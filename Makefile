@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help run cluster test check format chaos fuzz bench attack build clean
+.PHONY: help run cluster test check format docs docs-serve chaos fuzz bench attack build clean
 
 help:
 	@echo "make run     a node on http://127.0.0.1:8080 with the demo page (ARGS='--help' shows the settings)"
@@ -12,6 +12,7 @@ help:
 	@echo "make test    all tests, after installing what they need"
 	@echo "make check   types, lint, format"
 	@echo "make format  put the code into its form"
+	@echo "make docs    the documentation site, in site/ (make docs-serve: at http://127.0.0.1:8000, anew with every change)"
 	@echo "make chaos   every fault against a real cluster, write tests/chaos/REPORT.md"
 	@echo "make fuzz    odd bytes to the lane until Ctrl-C (TARGET=parsers, ARGS='-max_total_time=60'); see tests/fuzz"
 	@echo "make bench   measure against Nchan, write loadtest/REPORT.md"
@@ -37,6 +38,12 @@ check: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
+
+docs-serve: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve --dev-addr 127.0.0.1:8000 --watch pushup $(ARGS)
 
 chaos: $(VENV)/.dev
 	tests/install-debian.sh haproxy redis-server
