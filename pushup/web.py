@@ -5,6 +5,7 @@ about malformed requests is a problem document like every other error, and it sa
 """
 
 import asyncio
+import hashlib
 import logging
 import random
 from collections.abc import Awaitable, Callable, Iterator
@@ -14,7 +15,7 @@ from time import time
 from typing import Any, Final
 
 import msgspec
-from aiohttp import HttpVersion10, HttpVersion11, StreamReader, web
+from aiohttp import ETag, HttpVersion10, HttpVersion11, StreamReader, web
 
 from pushup.access import Grant
 from pushup.errors import InvalidRequest, OriginNotAllowed, PushUpError, RequestTimeout, TooLarge, TooMany, Unavailable
@@ -267,6 +268,7 @@ def make_app(service: Service) -> web.Application:
         app.router.add_delete(f"{realm}/channels/{{channel:[^/]+}}", api.close)
         app.router.add_post(f"{realm}/channels/{{channel:[^/]+}}/renew", api.renew)
     app.router.add_get("/openapi.json", api.openapi)
+    app.router.add_get("/pushup.js", api.script)
     return app
 
 
@@ -288,6 +290,8 @@ class _Api:
         self._service = service
         self._sockets: set[Socket] = set()
         self._openapi = files("pushup").joinpath("openapi.json").read_bytes()
+        self._script = files("pushup").joinpath("js", "pushup.js").read_bytes()
+        self._script_tag = ETag(hashlib.sha256(self._script).hexdigest()[:32])
 
     async def poll_query(self, request: web.Request) -> web.Response:
         query = request.rel_url.raw_query_string
@@ -452,6 +456,22 @@ class _Api:
 
     async def openapi(self, request: web.Request) -> web.Response:
         return web.Response(body=self._openapi, content_type="application/json")
+
+    async def script(self, request: web.Request) -> web.Response:
+        """The client for browsers. Any page may load it: it is nobody's secret, and modules need CORS."""
+        headers = {
+            "Access-Control-Allow-Origin": "*",
+            "Cache-Control": "no-cache",
+            "Cross-Origin-Resource-Policy": "cross-origin",
+            "X-Content-Type-Options": "nosniff",
+        }
+        known = request.if_none_match or ()
+        if any(tag.value in (self._script_tag.value, "*") for tag in known):
+            response = web.Response(status=304, headers=headers)
+        else:
+            response = web.Response(body=self._script, content_type="text/javascript", charset="utf-8", headers=headers)
+        response.etag = self._script_tag
+        return response
 
     def _realm(self, request: web.Request, token: str | None = None) -> Realm:
         return self._service.find(request.match_info.get("realm", ""), request[SENDER], token)

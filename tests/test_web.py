@@ -1074,3 +1074,18 @@ async def test_a_result_may_be_any_error_of_the_broker(monkeypatch: pytest.Monke
         reply = await client.request("POST", "/publish", [{"channels": ["a"], "data": 1}])
 
         assert [item["error"]["code"] for item in reply.json] == ["internal_error"]
+
+
+async def test_the_javascript_client_is_served() -> None:
+    """To any page, with a tag by which a browser need not load it again."""
+    async with running() as server, connected(server) as client:
+        reply = await client.request("GET", "/pushup.js", headers="Origin: https://elsewhere.example\r\n")
+        tag = reply.headers["etag"]
+        again = await client.request("GET", "/pushup.js", headers=f"If-None-Match: {tag}\r\n")
+        other = await client.request("GET", "/pushup.js", headers='If-None-Match: "other"\r\n')
+
+        assert (reply.status, reply.headers["content-type"]) == (200, "text/javascript; charset=utf-8")
+        assert reply.headers["access-control-allow-origin"] == "*"
+        assert b"export class PushUp" in reply.body
+        assert (again.status, again.body, again.headers["etag"]) == (304, b"", tag)
+        assert other.status == 200
