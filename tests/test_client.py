@@ -3,14 +3,15 @@
 import asyncio
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jwt
 import pytest
 
-from pushup import Client, Message, SyncClient, dialogue
+from cluster import Cluster
+from pushup import Client, HttpPublisher, Message, SyncClient, dialogue
 from pushup.access import hash_key
 from pushup.client import AsyncPerformer
 from pushup.dialogue import parse_base
@@ -27,7 +28,7 @@ from pushup.errors import (
 )
 from pushup.messages import MAX_ID
 from tests.stub_server import CLIENTS, END, Answer, Either, answer, either, poll_answer, problem, stub
-from tests.support import connected, eventually, parked, running
+from tests.support import PATIENCE_S, connected, eventually, parked, running
 
 KEY = "pushup_" + "k" * 43
 SECRET = "s" * 32
@@ -769,3 +770,100 @@ async def test_a_closed_client() -> None:
     await client.close()
     with pytest.raises(PushUpError, match="the client is closed"):
         await client.publish("a", 1)
+
+
+# Through HAProxy
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Two nodes."""
+    cluster = Cluster.up(tmp_path_factory.mktemp("cluster") / "state", nodes=2, settings={"drain_window": "0.5"})
+    yield cluster
+    cluster.down()
+
+
+class Reader:
+    """Follows a channel with a client of its own, and writes down what it is told."""
+
+    def __init__(self, make: Callable[..., Any], address: str, channel: str) -> None:
+        self.client: Any = None
+        self.got: list[Any] = []
+        self._make = make
+        self._address = address
+        self._channel = channel
+
+    async def run(self) -> None:
+        """Until the message that says so."""
+        self.client = client = self._make(f"http://{self._address}", poll_timeout=5)
+        news = client.subscribe(self._channel, start=0, on_gap=lambda _: self.got.append("gap"))
+        if self._make is Client:
+            async with client:
+                await self._follow(aiter(news))
+        else:
+            with client:
+                await asyncio.to_thread(self._block, news)
+
+    async def _follow(self, news: Any) -> None:
+        async for message in news:
+            self.got.append(message.data)
+            if message.data == "end":
+                break
+
+    def _block(self, news: Any) -> None:
+        for message in news:
+            self.got.append(message.data)
+            if message.data == "end":
+                break
+
+
+def holding(cluster: Cluster, names: Sequence[str]) -> dict[str, int]:
+    """How many polls each of these nodes holds."""
+    rows = {row["name"]: row for row in cluster.status()["processes"]}
+    return {name: rows[name]["parked"] or 0 for name in names}
+
+
+async def test_a_killed_node_goes_unnoticed(cluster: Cluster) -> None:
+    """The one that holds the poll, with a publisher that goes on: nothing is missed, doubled or out of order."""
+    readers = [
+        Reader(make, address, "a") for make in CLIENTS for address in (cluster.public, cluster.tcp) for _ in range(2)
+    ]
+    tasks = [asyncio.create_task(reader.run()) for reader in readers]
+    sent = 0
+    publisher = HttpPublisher(f"http://{cluster.tcp}", retry=True, timeout=PATIENCE_S)
+
+    async def publish(count: int) -> None:
+        nonlocal sent
+        for _ in range(count):
+            await asyncio.to_thread(publisher.publish, "a", sent)
+            sent += 1
+
+    async def read() -> None:
+        await eventually(lambda: all(len(reader.got) == sent for reader in readers), "everybody has everything")
+
+    try:
+        for _ in range(2):
+            await publish(5)
+            await read()
+            names = [node.name for node in cluster.nodes]
+            async with asyncio.timeout(PATIENCE_S):
+                while sum((held := await asyncio.to_thread(holding, cluster, names)).values()) < len(readers):
+                    await asyncio.sleep(0.1)
+            victim = max(names, key=lambda name: held[name])
+            assert held[victim] > 0
+            cluster.kill(victim)
+            await publish(20)
+            await read()
+            await asyncio.to_thread(cluster.scale, 2)
+        await asyncio.to_thread(publisher.publish, "a", "end")
+        async with asyncio.timeout(PATIENCE_S):
+            await asyncio.gather(*tasks)
+    finally:
+        publisher.close()
+        for reader, task in zip(readers, tasks, strict=True):
+            if isinstance(reader.client, SyncClient):
+                reader.client.close()  # A thread cannot be cancelled, but ends with its poll.
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    assert [reader.got for reader in readers] == [[*range(sent), "end"]] * len(readers)
