@@ -374,10 +374,20 @@ def _run_client(run: Callable[[dict[str, Any]], int], options: dict[str, Any]) -
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # What is left in the buffer would complain once more when the interpreter ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _print_no_more()
         return EXIT_READER_GONE
+    except OSError as error:
+        # Whatever else does input and output has told its own errors by now.
+        _print_no_more()
+        return complain(PushUpError(f"cannot print: {error.strerror or error}"))
     return status
+
+
+def _print_no_more() -> None:
+    """Throw away what is left in the buffer, which would complain once more when the interpreter ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def complain(error: PushUpError, where: str = "") -> int:
@@ -423,18 +433,21 @@ def _listen(options: dict[str, Any]) -> int:
     log.setLevel(logging.INFO)
     log.addHandler(notices)
     file = options["cursor_file"]
-    asyncio.run(
-        listen(
-            find_service(options, os.environ),
-            options["channels"],
-            start=parse_beginning(options["start"]),
-            cursor_file=CursorFile(Path(file)) if file else None,
-            count=options["count"],
-            seconds=options["seconds"],
-            only_data=options["data"],
-            notices=notices,
+    try:
+        asyncio.run(
+            listen(
+                find_service(options, os.environ),
+                options["channels"],
+                start=parse_beginning(options["start"]),
+                cursor_file=CursorFile(Path(file)) if file else None,
+                count=options["count"],
+                seconds=options["seconds"],
+                only_data=options["data"],
+                notices=notices,
+            )
         )
-    )
+    finally:
+        log.removeHandler(notices)
     return 0
 
 

@@ -147,7 +147,8 @@ def publish_lines(
                 continue
             if isinstance(result, Unauthorized):
                 raise result
-            status = status or complain(result, f"line {number}: ")
+            refused = complain(result, f"line {number}: ")
+            status = status or refused
             if as_json:
                 print(json.dumps({"line": number, "error": result.problem()}))
         sys.stdout.flush()

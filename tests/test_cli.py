@@ -93,10 +93,10 @@ def answer(connection: HTTPConnection) -> tuple[int, Any]:
     return response.status, json.loads(response.read())
 
 
-def wait_for_parked(process: Process, count: int) -> None:
+def wait_for_parked(process: Process, count: int, realm: str = "default") -> None:
     for _ in range(1000):
         with requesting(process.admin_address, "/metrics") as connection:
-            if f'pushup_parked_polls{{realm="default"}} {count}.0\n' in connection.getresponse().read().decode():
+            if f'pushup_parked_polls{{realm="{realm}"}} {count}.0\n' in connection.getresponse().read().decode():
                 return
         time.sleep(0.005)
     raise AssertionError(f"{count} polls never parked")
