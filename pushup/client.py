@@ -20,7 +20,7 @@ from weakref import WeakSet
 import aiohttp
 from yarl import URL
 
-from pushup import dialogue
+import pushup.dialogue as dialogue
 from pushup.dialogue import (
     BODY_BYTES_MAX,
     POLL_TIMEOUT_S,

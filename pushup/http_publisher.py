@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Self
 from uuid import uuid4
 
-from pushup import dialogue
+import pushup.dialogue as dialogue
 from pushup.client import AsyncPerformer
 from pushup.dialogue import TIMEOUT_S, Surroundings, parse_base
 from pushup.errors import PushUpError

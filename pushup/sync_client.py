@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final, Generic, Self, TypeVar
 
-from pushup import dialogue
+import pushup.dialogue as dialogue
 from pushup.dialogue import (
     BODY_BYTES_MAX,
     POLL_TIMEOUT_S,
