@@ -4,8 +4,9 @@ A page asks for it by a comment on a line of its own, `<!-- fill: WHAT -->`:
 
     settings, operations, shapes, errors, metrics, commands   from the code
     text FILE | HEADING                                       a section of a Markdown file, or all of it without HEADING
-    table FILE | CELL                                         the table whose head begins with CELL
-    rows FILE | HEADING | ROW | ROW ...                       these rows of the table below HEADING
+    table FILE | COLUMN | COLUMN ...                          the table whose head begins with COLUMN; if more are named,
+                                                              these columns of it
+    rows FILE | HEADING | ROW | ROW ...                       these rows of the table below HEADING, two columns of them
 
 Files are named from the root of the repository. What is not found ends the build. Settings and error codes that stand
 in a page as code become links to what is said of them.
@@ -50,7 +51,8 @@ PAGES: Final = {
 }
 """Files of the repository, and the pages that show them."""
 
-HELP_COLUMNS: Final = 96
+HELP_COLUMNS: Final = 82
+JSON_COLUMNS: Final = 76
 
 _FILL: Final = re.compile(r"^<!-- fill: (\w+)(?: (.*?))? -->$", re.M)
 _HEADING: Final = re.compile(r"^(#+) (.*)$")
@@ -396,30 +398,42 @@ def show_text(file: str, heading: str | None = None) -> str:
     return _rewrite("\n".join(lines[first + 1 : end]), file) + "\n"
 
 
-def show_table(file: str, cell: str) -> str:
-    """The first table whose head begins with `cell`."""
+def show_table(file: str, first: str, *others: str) -> str:
+    """The table whose head begins with `first`: all of it, or the columns named."""
     lines = (ROOT / file).read_text().splitlines()
-    first = next((at for at, line in enumerate(lines) if line.startswith(f"| {cell} |")), None)
-    if first is None:
-        raise LookupError(f"{file} has no table whose head begins with {cell!r}")
-    return _rewrite("\n".join(_table_at(lines, first)), file) + "\n"
+    begin = next((at for at, line in enumerate(lines) if line.startswith(f"| {first} |")), None)
+    if begin is None:
+        raise LookupError(f"{file} has no table whose head begins with {first!r}")
+    table = _table_at(lines, begin)
+    if others:
+        cells = [_cells(line) for line in table]
+        wanted = [cells[0].index(column) for column in (first, *others)]
+        table = [f"| {' | '.join(row[at] for at in wanted)} |" for row in cells]
+    return _rewrite("\n".join(table), file) + "\n"
 
 
 def show_rows(file: str, heading: str, *rows: str) -> str:
-    """Some rows, in the order asked for, of the first table below a heading."""
+    """Some rows, in the order asked for, of the first table below a heading: their names and their first values."""
     lines = (ROOT / file).read_text().splitlines()
     below = next((at for at, _, title in _headings(lines) if title == heading), None)
     if below is None:
         raise LookupError(f"{file} has no heading {heading!r}")
     first = next(at for at in range(below, len(lines)) if lines[at].startswith("|"))
-    head, rule, *body = _table_at(lines, first)
-    found = {line.split("|")[1].strip(): line for line in body}
-    return _rewrite("\n".join([head, rule, *(found[row] for row in rows)]), file) + "\n"
+    head, rule, *body = [_cells(line)[:2] for line in _table_at(lines, first)]
+    found = {line[0]: line for line in body}
+    return (
+        _rewrite("\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *(found[row] for row in rows))), file)
+        + "\n"
+    )
 
 
 def _table_at(lines: Sequence[str], first: int) -> list[str]:
     end = next((at for at in range(first, len(lines)) if not lines[at].startswith("|")), len(lines))
     return list(lines[first:end])
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip().removeprefix("|").removesuffix("|").split("|")]
 
 
 def _headings(lines: Sequence[str]) -> list[tuple[int, int, str]]:
@@ -464,8 +478,22 @@ def _cell(text: str) -> str:
 
 
 def _json_block(value: Any) -> str:
+    return _text_block(_pretty(value), "json")
+
+
+def _pretty(value: Any, indent: int = 0) -> str:
+    """JSON in which whatever fits stands on a line of its own."""
     short = json.dumps(value, ensure_ascii=False)
-    return _text_block(short if len(short) <= 100 else json.dumps(value, ensure_ascii=False, indent=2), "json")
+    if indent + len(short) <= JSON_COLUMNS or not isinstance(value, dict | list) or not value:
+        return short
+    margin = " " * (indent + 2)
+    if isinstance(value, dict):
+        parts = [f"{json.dumps(name)}: {_pretty(item, indent + 2)}" for name, item in value.items()]
+    else:
+        parts = [_pretty(item, indent + 2) for item in value]
+    first, last = ("{", "}") if isinstance(value, dict) else ("[", "]")
+    inner = ",\n".join(f"{margin}{part}" for part in parts)
+    return f"{first}\n{inner}\n{' ' * indent}{last}"
 
 
 def _text_block(text: str, language: str = "text") -> str:
