@@ -20,12 +20,20 @@ import msgspec
 from aiohttp import WSCloseCode, web
 
 from pushup.access import Grant
-from pushup.errors import InvalidParameter, PushUpError, TooLarge, TooMany, Unauthorized, Unavailable
+from pushup.errors import (
+    InvalidParameter,
+    InvalidRequest,
+    PushUpError,
+    TooLarge,
+    TooMany,
+    Unauthorized,
+    Unavailable,
+)
 from pushup.messages import LATEST, MAX_ID, SECOND, Answer, Message, Poll, show_channel
 from pushup.realm import Realm
 from pushup.service import Seat, Service
 from pushup.settings import Settings
-from pushup.streams import HEADERS, RETRY_MS, TOKEN_REFUSED, Follower, ask, stream
+from pushup.streams import GOODBYE_S, HEADERS, RETRY_MS, TOKEN_REFUSED, Follower, ask, stream
 from pushup.web import SENDER
 from pushup.wire import TOKEN, find_token, parse_segment
 
@@ -189,6 +197,13 @@ class Events:
         return b": hi\n\nretry: %d\n\n" % random.randint(*RETRY_MS)
 
     def show(self, answer: Answer) -> bytes:
+        # All who get the same answer share it.
+        shown = answer.rendered.get(Events)
+        if shown is None:
+            shown = answer.rendered[Events] = self._render(answer)
+        return shown
+
+    def _render(self, answer: Answer) -> bytes:
         blocks = [b'event: gap\ndata: {"next":%d}\n\n' % answer.next] if answer.gap else []
         for message, _ in answer.messages:
             # To a browser CR ends a line, too.
@@ -219,26 +234,32 @@ class _Mount:
         realm = self._service.find(request.match_info.get("realm", ""), sender, token)
         is_socket = request.headers.get("Upgrade", "").lower() == "websocket"
         is_stream = not is_socket and "text/event-stream" in request.headers.get("Accept", "").lower()
+
+        async def meet() -> Grant | None:
+            return None if realm.open_to_read else await realm.meet(sender, token, time())
+
         try:
-            grant = None if realm.open_to_read else await realm.meet(sender, token, time())
+            grant = await meet()
             skipped = 1 + self._segments + (2 if "realm" in request.match_info else 0)
             wanted = parse_wanted(request.rel_url.raw_parts[skipped:], query, request.headers, realm.settings)
             if grant is not None:
                 realm.admit(grant, wanted.channels)
+            follower = Follower(realm, grant, wanted.channels, wanted.start, meet)
             with self._seated(request, grant):
-                if not is_socket and not is_stream:
-                    return await _serve_poll(request, realm, grant, wanted)
-                follower = Follower(realm, grant, wanted.channels, wanted.start)
-                return await (
-                    _serve_socket(request, realm, follower) if is_socket else stream(request, follower, Events())
-                )
+                if is_socket:
+                    with self._counted("websocket"):
+                        return await _serve_socket(request, realm, follower)
+                if is_stream:
+                    with self._counted("text/event-stream"):
+                        return await stream(request, follower, Events())
+                return await _serve_poll(request, realm, grant, wanted)
         except (TooMany, Unavailable) as error:
             if not is_stream:
                 raise
             # Any other status would end a browser's EventSource for good.
             self._service.metrics.count_refused(error)
-            wait = int(error.members.get("retry_after", 1)) * 1000 + random.randint(*RETRY_MS)
-            headers = {**HEADERS, "Content-Type": Events.content_type}
+            wait = 1000 * int(error.members["retry_after"]) + random.randint(*RETRY_MS)
+            headers = {**HEADERS, **error.headers, "Content-Type": Events.content_type}
             return web.Response(body=b"retry: %d\n\n" % wait + Events().fail(error), headers=headers)
 
     async def let_pages_in(self, request: web.Request, response: web.StreamResponse) -> None:
@@ -262,6 +283,15 @@ class _Mount:
         finally:
             seat.leave()
 
+    @contextmanager
+    def _counted(self, kind: str) -> Iterator[None]:
+        streams = self._service.metrics.streams
+        streams[kind] += 1
+        try:
+            yield
+        finally:
+            streams[kind] -= 1
+
     def _forwarded(self, request: web.Request) -> str | None:
         forwarded = request[SENDER].forwarded
         if forwarded is None or self._service.settings.proxy_protocol:
@@ -279,15 +309,28 @@ async def _serve_poll(request: web.Request, realm: Realm, grant: Grant | None, w
 
 async def _serve_socket(request: web.Request, realm: Realm, follower: Follower) -> web.WebSocketResponse:
     """Write frames until one side closes. A gap cannot be told: a frame that is no message breaks Nchan's client."""
-    answer = await follower.next()  # What is wrong so far is a status.
     socket = web.WebSocketResponse(
-        protocols=(META,), heartbeat=realm.settings.heartbeat, compress=False, max_msg_size=FRAME_BYTES_MAX
+        protocols=(META,),
+        timeout=GOODBYE_S,
+        heartbeat=realm.settings.heartbeat,
+        compress=False,
+        max_msg_size=FRAME_BYTES_MAX,
+        writer_limit=0,
     )
+    try:
+        well_formed = socket.can_prepare(request).ok
+    except ValueError:
+        well_formed = False
+    if not well_formed:
+        raise InvalidRequest("the WebSocket handshake is not well-formed")
+    answer = await follower.next()  # What is wrong so far is a status.
     await socket.prepare(request)
     writing = asyncio.create_task(_write_frames(socket, follower, answer))
     try:
         async for _ in socket:
             ...
+    except ConnectionError:
+        pass  # The client is gone.
     finally:
         writing.cancel()
         await asyncio.gather(writing, return_exceptions=True)

@@ -17,7 +17,7 @@ from pushup.messages import LATEST, SECOND, Answer, Message, Publication
 from pushup.nchan import META, Events, find_id, parse_id, parse_wanted, show_answer, show_data, show_frame, takes_parts
 from pushup.server import Server
 from pushup.settings import Settings
-from tests.support import PATIENCE_S, Client, Reply, connected, parked, running
+from tests.support import PATIENCE_S, Client, Reply, connected, eventually, parked, running
 
 C: Final = 1795434016123456
 Socket = aiohttp.ClientWebSocketResponse
@@ -655,3 +655,38 @@ async def test_a_socket_that_is_wrong_from_the_start() -> None:
             await session.ws_connect(f"http://{server.address}/sub/123")
 
         assert caught.value.status == 404
+
+
+@pytest.mark.parametrize("field", ["Sec-WebSocket-Key: short", "Sec-WebSocket-Key: ké", "Sec-WebSocket-Version: 1", ""])
+async def test_a_handshake_that_is_none(field: str) -> None:
+    """Is answered as a request that makes no sense, and nobody waits for it."""
+    async with mounted() as server, connected(server) as client:
+        lines = f"Upgrade: websocket\r\nConnection: Upgrade\r\n{field}\r\n" if field else "Upgrade: websocket\r\n"
+        reply = await client.request("GET", "/sub/news", headers=lines)
+
+        assert (reply.status, reply.json["detail"]) == (400, "the WebSocket handshake is not well-formed")
+        assert server.node.parked == 0
+
+
+async def test_streams_are_counted_while_they_last() -> None:
+    """Beside those of PushUp's own paths."""
+    async with mounted() as server, connected(server) as client:
+        await events(client, "/sub/news")
+        async with socket(server, "/sub/news", META):
+            await parked(server, 2)
+            assert server.metrics.streams == {"text/event-stream": 1, "application/x-ndjson": 0, "websocket": 1}
+        await client.close()
+        await eventually(lambda: not any(server.metrics.streams.values()), "both were forgotten")
+
+
+async def test_nobody_holds_a_node_up_that_stops() -> None:
+    """Neither a WebSocket client that does not say goodbye nor a browser that reads nothing."""
+    async with mounted() as server, connected(server) as silent, connected(server) as unread:
+        silent.send(
+            "GET /sub/news HTTP/1.1\r\nHost: test\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+        )
+        unread.send("GET /sub/news HTTP/1.1\r\nHost: test\r\nAccept: text/event-stream\r\n\r\n")
+        await parked(server, 2)
+        async with asyncio.timeout(PATIENCE_S):
+            await server.stop(0)
