@@ -456,6 +456,7 @@ class Feed {
   #idle = new AbortController(); // Ends when there are no members.
   #pause = new Pause();
   #failures = 0;
+  #proved = false; // Whether the last request was answered. Until then none waits, so that it shows.
   #splits = 0;
   #running = false;
 
@@ -484,7 +485,8 @@ class Feed {
     const near = only && typeof cursor === "number" && cursor > 0;
     this.#members.set(id, { id, channels: [...channels], cursor, near, alone: false, known: false });
     if (this.#idle.signal.aborted) this.#idle = new AbortController();
-    this.wake(true);
+    this.#pause.rouse();
+    this.#turn.abort(CHANGED);
     if (!this.#running) this.#run();
   }
 
@@ -505,7 +507,9 @@ class Feed {
   /** Another try is worth while; `anew`: what is in flight may hang on a network that is gone. */
   wake(anew) {
     this.#pause.rouse();
-    if (anew) this.#turn.abort(CHANGED);
+    if (!anew) return;
+    this.#proved = false;
+    this.#turn.abort(CHANGED);
   }
 
   async #run() {
@@ -516,7 +520,7 @@ class Feed {
       const signal = (this.#turn = new AbortController()).signal;
       const began = Date.now();
       try {
-        const news = await this.#ask(this.#failures ? 0 : HOLD_S, signal);
+        const news = await this.#ask(this.#proved ? HOLD_S : 0, signal);
         this.#failures = 0;
         hasty = news || Date.now() - began > HASTY_S * 1000 ? 0 : hasty + 1;
         // A node that drains answers early once. Who always does is not asked in a tight loop.
@@ -525,6 +529,7 @@ class Feed {
         if (error === CHANGED || signal.aborted) continue;
         const failure = error instanceof PushUpError ? error : new PushUpError(`Unexpected: ${error?.message}`);
         if (await this.#settle(failure)) continue;
+        this.#proved = false;
         this.#say(globalThis.navigator?.onLine === false ? "offline" : "waiting", failure);
         await this.#pause.sleep(failure.retryAfter, backoff(this.#failures++), this.#idle.signal);
       }
@@ -585,6 +590,7 @@ class Feed {
       member.channels = member.channels.filter((channel) => !gone.includes(channel));
       if (!member.channels.length) this.#members.delete(member.id);
     }
+    this.#proved = true;
     this.#tell({ for: members.map((member) => member.id), fact: { start, messages, next, gap, closed } });
   }
 
@@ -826,6 +832,7 @@ class Tabs {
   async #check() {
     if (this.#feeds || !this.#joined.size || Date.now() - this.#heard < QUIET_S * 1000) return;
     const asked = Date.now();
+    this.#rejoin();
     this.#post({ ping: true });
     await new Promise((resolve) => setTimeout(resolve, (PONG_S + Math.random() * PONG_S) * 1000));
     if (this.#feeds || this.#heard >= asked || this.#closed.signal.aborted) return;
@@ -993,7 +1000,7 @@ class Subscription {
     const read = this.#iterating || this.#listeners.get("message")?.size > 0;
     // The application still has the message before in hand, or nobody reads yet.
     if (type === "message" && this.#iterating ? !this.#waiters.length : this.#hand !== null) return false;
-    if (!read && type !== "next" && (type === "message" || !listens)) return false;
+    if (!read && (type === "message" || (EVENTS.includes(type) && !listens))) return false;
     if (type === "error") return this.#break(item, listens);
     this.#queue.shift();
     if (type === "message" && this.#iterating) {
@@ -1231,6 +1238,6 @@ export class PushUp {
     listen(page, "freeze", () => this.#shut());
     listen(page, "resume", resume);
     listen(page, "visibilitychange", () => page.visibilityState === "visible" && wake(false));
-    listen(globalThis, "online", () => wake(true));
+    for (const type of ["online", "offline"]) listen(globalThis, type, () => wake(true));
   }
 }
