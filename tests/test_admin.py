@@ -29,9 +29,39 @@ async def test_the_index_says_what_there_is() -> None:
         assert index.status == 200
         assert index.headers["content-type"] == "text/plain; charset=utf-8"
         assert index.body.decode().splitlines()[0] == f"PushUp {__version__}, admin listener"
-        assert paths == ["/health/live", "/health/ready", "/metrics", "/nodes"]
+        assert paths == ["/", "/health/live", "/health/ready", "/metrics", "/nodes"]
         for path in paths:
             assert (await client.get(path)).status == 200
+
+
+@pytest.mark.parametrize(
+    ("accept", "kind"),
+    [
+        (None, "text/plain"),
+        ("*/*", "text/plain"),
+        ("text/plain", "text/plain"),
+        ("application/json", "text/plain"),
+        ("text/html", "text/html"),
+        ("text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8", "text/html"),
+        ("Text/HTML", "text/html"),
+    ],
+)
+async def test_browsers_get_the_dashboard_there(accept: str | None, kind: str) -> None:
+    """Whoever asks for HTML; curl and everything else gets the list."""
+    async with running() as server, connected(server, admin=True) as client:
+        reply = await client.request("GET", "/", headers=f"Accept: {accept}\r\n" if accept else "")
+
+        assert (reply.status, reply.headers["vary"]) == (200, "Accept")
+        assert reply.headers["content-type"] == f"{kind}; charset=utf-8"
+        assert reply.body.startswith(b"<!doctype html>" if kind == "text/html" else b"PushUp ")
+
+
+async def test_a_scraper_may_call_the_listener_by_any_name() -> None:
+    """Health, metrics and nodes are for programs, which know it by the name of a service."""
+    async with running() as server, connected(server, admin=True) as client:
+        for path in ("/health/live", "/health/ready", "/metrics", "/nodes"):
+            client.send(f"GET {path} HTTP/1.1\r\nHost: node-1.push.svc:8081\r\n\r\n")
+            assert (await client.reply()).status == 200
 
 
 @pytest.mark.parametrize(("path", "output"), [("/health/live", "the event loop turns"), ("/health/ready", "ready")])

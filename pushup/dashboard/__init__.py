@@ -12,9 +12,11 @@ Counters are as they stand, since the node began; the page makes rates of them.
 
 import asyncio
 import logging
+import math
 import os
 import re
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from importlib.resources import files
 from ipaddress import ip_address
@@ -57,6 +59,8 @@ WATCHED_S: Final = 10.0
 FOREVER_S: Final = 1e9
 
 BUSIEST: Final = 10
+PEAK_S: Final = 5.0
+"""A channel's polls are the most there were in so long, as all of them are away for a moment after each message."""
 CHANNELS_LISTED: Final = 500
 """So many channels, by name, are asked of the broker; busy ones are found among them and those polled here."""
 LIST_EVERY_S: Final = 2.0
@@ -102,7 +106,8 @@ class Feed:
         """When somebody last polled for a realm, on the loop's clock."""
         self._sampled_at: dict[str, float] = {}
         self._tables: dict[str, _Tables] = {}
-        self._listing: dict[str, asyncio.Task[None]] = {}
+        self.listing: dict[str, asyncio.Task[None]] = {}
+        """Whose tables are being made, by realm."""
         self._sampler: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -119,7 +124,7 @@ class Feed:
 
     async def stop(self) -> None:
         """Let go of everything."""
-        tasks = [task for task in (self._sampler, *self._listing.values()) if task is not None]
+        tasks = [task for task in (self._sampler, *self.listing.values()) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -131,44 +136,55 @@ class Feed:
             raise Unavailable("the node is going away")
         name = realm.settings.realm
         now = asyncio.get_running_loop().time()
-        self._looked_at[name] = now
-        if now - self._sampled_at.get(name, -SAMPLE_S) >= SAMPLE_S:
+        self.look(realm, now)
+        if now - self._sampled_at.get(name, -math.inf) >= SAMPLE_S:
             await self._sample(realm, now, history=False)
         channels = (f"live:{name}", f"history:{name}", f"tables:{name}")
         try:
             return await ask(self._own, None, Poll(channels, poll.start, poll.end, poll.timeout))
         finally:
-            self._looked_at[name] = asyncio.get_running_loop().time()
+            self.look(realm, asyncio.get_running_loop().time())
 
     async def _sample_on(self) -> None:
         loop = asyncio.get_running_loop()
         due, count = loop.time(), 0
         while True:
             now = loop.time()
-            for name, realm in self._service.realms.items():
-                history = count % HISTORY_EVERY == 0
-                if history or now - self._looked_at.get(name, -WATCHED_S) < WATCHED_S:
-                    try:
-                        await self._sample(realm, now, history)
-                    except Exception:
-                        log.exception("a sample failed", extra={"realm": name})
+            await self.sample_due(now, count)
             count += 1
             due = max(due + SAMPLE_S, now)
             await asyncio.sleep(due - now)
 
+    async def sample_due(self, now: float, count: int) -> None:
+        """The samples of this second, the `count`th: of realms that somebody looks at, and now and then of all."""
+        for name, realm in self._service.realms.items():
+            history = count % HISTORY_EVERY == 0
+            if realm.node.state != "starting" and (history or self._is_watched(name, now)):
+                try:
+                    await self._sample(realm, now, history)
+                except Exception:
+                    log.exception("a sample failed", extra={"realm": name})
+
+    def look(self, realm: Realm, now: float) -> None:
+        """Somebody looks at this realm."""
+        self._looked_at[realm.settings.realm] = now
+
+    def _is_watched(self, name: str, now: float) -> bool:
+        return now - self._looked_at.get(name, -math.inf) < WATCHED_S
+
     async def _sample(self, realm: Realm, now: float, history: bool) -> None:
         name = realm.settings.realm
-        watched = now - self._looked_at.get(name, -WATCHED_S) < WATCHED_S
+        watched = self._is_watched(name, now)
         channels = [f"history:{name}"] if history else []
         if watched:
             channels.append(f"live:{name}")
             self._sampled_at[name] = now
-        data = msgspec.json.encode(_figures(realm, self._service.metrics))
+        data = msgspec.json.encode(figures(realm, self._service.metrics))
         await self._own.node.publish(Publication(tuple(channels), data))
-        if watched and name not in self._listing and not self._service.closing:
+        if watched and name not in self.listing and not self._service.closing:
             # A task: the broker may take its time, or be gone.
-            task = self._listing[name] = asyncio.create_task(self._list(realm, now))
-            task.add_done_callback(lambda _: self._listing.pop(name, None))
+            task = self.listing[name] = asyncio.create_task(self._list(realm, now))
+            task.add_done_callback(lambda _: self.listing.pop(name, None))
 
     async def _list(self, realm: Realm, now: float) -> None:
         name = realm.settings.realm
@@ -188,7 +204,8 @@ class _Tables:
         self._service = service
         self._realm = realm
         self._listed: Sequence[ChannelInfo] = ()
-        self._here: list[tuple[str, int, int]] = []
+        self._looks: deque[tuple[float, list[tuple[str, int, int]]]] = deque()
+        """The busiest channels of this node at the latest moments."""
         self._list_at = 0.0
         self._look_at = 0.0
 
@@ -207,7 +224,9 @@ class _Tables:
             trouble = error.detail
         if now >= self._look_at:
             self._look_at = now + node.watched / CHANNELS_PER_S
-            self._here = node.busiest(BUSIEST)
+            self._looks.append((now, node.busiest(BUSIEST)))
+        while len(self._looks) > 1 and self._looks[0][0] < now - PEAK_S:
+            self._looks.popleft()
         return {
             "node": self._service.settings.name,
             "broker": node.broker.name,
@@ -215,7 +234,7 @@ class _Tables:
             "bounds": LAG_BUCKETS_S,
             "nodes": nodes,
             "trouble": trouble,
-            "channels": rank(self._here, self._listed),
+            "channels": rank([found for _, here in self._looks for found in here], self._listed),
             "listed": len(self._listed),
             "more": len(self._listed) == CHANNELS_LISTED,
         }
@@ -224,11 +243,14 @@ class _Tables:
 def rank(here: Iterable[tuple[str, int, int]], listed: Iterable[ChannelInfo]) -> list[dict[str, Any]]:
     """The busiest channels, as JSON shows them: those with the most polls here, then those with the most messages.
 
-    `here` are names with polls and messages, `listed` what the broker says, which wins.
+    `here` are names with polls and messages, the latest last, `listed` what the broker says of messages, which wins.
     """
-    polls = {name: parked for name, parked, _ in here}
-    messages = {name: kept for name, _, kept in here}
-    last = {}
+    polls: dict[str, int] = {}
+    messages: dict[str, int] = {}
+    last: dict[str, int | None] = {}
+    for name, parked, kept in here:
+        polls[name] = max(parked, polls.get(name, 0))
+        messages[name] = kept
     for info in listed:
         messages[info.channel] = info.messages
         last[info.channel] = info.last
@@ -249,7 +271,8 @@ def rank(here: Iterable[tuple[str, int, int]], listed: Iterable[ChannelInfo]) ->
     ]
 
 
-def _figures(realm: Realm, process: Metrics) -> dict[str, Any]:
+def figures(realm: Realm, process: Metrics) -> dict[str, Any]:
+    """The node's counters as they stand, as JSON shows them."""
     node, counted = realm.node, realm.node.metrics
     about = node.about()
     return {
@@ -360,7 +383,7 @@ def check_caller(request: web.Request, listen_host: str) -> None:
         name = parse_address(host if _PORT.search(host) else f"{host}:80").host
     except ValueError:
         name = ""
-    if not (name and host[:1] != ":" and (name in ("localhost", listen_host.lower()) or _is_address(name))):
+    if host[:1] in ("", ":") or not (name and (name in ("localhost", listen_host.lower()) or _is_address(name))):
         raise Forbidden(
             f"the dashboard is not called {host[:100]!r}: use an address or localhost, or name the host in admin_listen"
         )

@@ -54,7 +54,7 @@ const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 const tenth = new Intl.NumberFormat("en", { maximumFractionDigits: 1 });
 const short = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 });
 const count = (number) => (number == null ? "–" : number < 1e6 ? whole.format(number) : short.format(number));
-const rate = (number) => (number == null ? "–" : number < 10 ? tenth.format(number) : count(number));
+const rate = (number) => (number > 0 && number < 9.95 ? number.toFixed(1) : count(number));
 const percent = (share) => (share > 0 && share < 0.001 ? "< 0.1 %" : `${tenth.format(share * 100)} %`);
 const bytes = (number) => (number == null ? "–" : number < 1e9 ? `${whole.format(number / 1e6)} MB` : `${tenth.format(number / 1e9)} GB`);
 const many = (number, thing) => `${count(number)} ${thing}${number === 1 ? "" : "s"}`;
@@ -319,10 +319,10 @@ function begin() {
 
 const SVG = "http://www.w3.org/2000/svg";
 
-/** A ceiling that people read easily: 1, 2 or 5 times a power of ten. */
+/** A ceiling that people read easily: a power of ten, times a round number. */
 function ceiling(value) {
   const power = 10 ** Math.floor(Math.log10(value));
-  return [1, 2, 5, 10].map((step) => step * power).find((step) => step >= value * 0.999);
+  return [1, 1.5, 2, 3, 4, 5, 6, 8, 10].map((step) => step * power).find((step) => step >= value * 0.999);
 }
 
 class Chart {
@@ -488,7 +488,7 @@ function showFigures() {
   const [p50, p99] = [0.5, 0.99].map((share) => quantile(share, last.lag, wider?.lag));
   say("p50", lag(p50));
   say("p99", lag(p99));
-  say("lag-note", p99 === null ? `no deliveries in the last ${LAG_S} s` : `publication to answer, last ${LAG_S} s`);
+  say("lag-note", p99 === null ? `no deliveries in the last ${LAG_S} s` : `in the last ${LAG_S} s`);
   say("loop", lag(meanLoop(last, wider)));
   say("cpu", wider ? percent(per("cpu", last, wider)) : "–");
   say("memory", bytes(last.memory));
@@ -528,7 +528,10 @@ function showNodes() {
   const { nodes, trouble, at } = tables;
   const heads = columns("nodes");
   const total = { parked: 0, connections: 0, publications: 0, deliveries: 0 };
-  const rows = nodes.map((node) => {
+  const rows = nodes.map((heard) => {
+    // Of itself the node knows more than its last heartbeat said.
+    const { parked, connections } = heard.name === tables.node ? (samples.at(-1) ?? heard) : heard;
+    const node = { ...heard, parked, connections };
     const silent = at - node.seen / 1e6;
     const state = silent > SILENT_S ? "silent" : node.state;
     const entry = rates.get(node.name);
@@ -593,7 +596,7 @@ function showChannels() {
       element("bdi", String(channel), { class: "channel" }),
       polls,
       count(messages),
-      last === null ? "–" : `${duration(at - last / 1e6)} ago`,
+      last === null ? "–" : at - last / 1e6 < 1 ? "just now" : `${duration(at - last / 1e6)} ago`,
       button,
     ]);
     made.dataset.channel = channel;
