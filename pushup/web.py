@@ -254,7 +254,7 @@ def make_app(service: Service) -> web.Application:
 
     app = web.Application(middlewares=[say_errors, check_origin], client_max_size=service.settings.body_bytes_max)
     app.on_response_prepare.append(finish_headers)
-    app.on_shutdown.append(api.close_sockets)
+    app.on_shutdown.append(api.end_streams)
     for realm in ("", "/realms/{realm:[^/]+}"):
         app.router.add_get(f"{realm}/poll", api.poll_query)
         app.router.add_post(f"{realm}/poll", api.poll_body)
@@ -289,6 +289,8 @@ class _Api:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._sockets: set[Socket] = set()
+        self._streaming: set[asyncio.Task[Any]] = set()
+        """What serves them and all other streams."""
         self._openapi = files("pushup").joinpath("openapi.json").read_bytes()
         self._script = files("pushup").joinpath("js", "pushup.js").read_bytes()
         self._script_tag = ETag(hashlib.sha256(self._script).hexdigest()[:32])
@@ -365,14 +367,16 @@ class _Api:
         finally:
             self._sockets.discard(socket)
 
-    async def close_sockets(self, app: web.Application) -> None:
-        """The server stops."""
+    async def end_streams(self, app: web.Application) -> None:
+        """The server stops: whoever reads is told so, nobody else is waited for."""
+        await asyncio.gather(*(realm.node.drain(0) for realm in self._service.realms.values()))
         closing = [asyncio.create_task(socket.close()) for socket in self._sockets]
-        if closing:
-            _, late = await asyncio.wait(closing, timeout=GOODBYE_S)
+        streaming = [*closing, *self._streaming]
+        if streaming:
+            _, late = await asyncio.wait(streaming, timeout=GOODBYE_S)
             for task in late:
                 task.cancel()
-            await asyncio.gather(*closing, return_exceptions=True)
+            await asyncio.gather(*streaming, return_exceptions=True)
 
     @staticmethod
     def _reader(realm: Realm, sender: Sender, token: str | None) -> Meet:
@@ -386,11 +390,15 @@ class _Api:
     @contextmanager
     def _counted(self, transport: str) -> Iterator[None]:
         streams = self._service.metrics.streams
+        task = asyncio.current_task()
+        assert task is not None
+        self._streaming.add(task)
         streams[transport] += 1
         try:
             yield
         finally:
             streams[transport] -= 1
+            self._streaming.discard(task)
 
     @contextmanager
     def _seat(self, request: web.Request, grant: Grant | None) -> Iterator[None]:
