@@ -171,6 +171,7 @@ class Wire {
   #held = null;
   #doubtful = false; // The token is a second one in a row, and nothing has been answered with it.
   #credentials;
+  #foreign; // Whether a browser asks the server for permission before it shows a token.
 
   constructor({ url = globalThis.location?.origin, realm, token, credentials = "same-origin" }) {
     if (!url) throw new TypeError("name the server: new PushUp({ url })");
@@ -178,6 +179,7 @@ class Wire {
     this.base = realm ? `${base}/realms/${encodeURIComponent(realm)}` : base;
     this.#token = token;
     this.#credentials = credentials;
+    this.#foreign = Boolean(globalThis.location) && new URL(base).origin !== globalThis.location.origin;
   }
 
   /** The token to show; undefined if there is none. Rejects if the function that has it does. */
@@ -246,7 +248,8 @@ class Wire {
   async poll(channels, start, hold, signal) {
     let url = this.url("/poll", channels, start, `&timeout=${hold}`);
     let body;
-    if (url.length > URL_MAX) {
+    // The browser remembers a permission by the URL, so that must not change with the cursor.
+    if (url.length > URL_MAX || (this.#token && this.#foreign)) {
       url = `${this.base}/poll`;
       body = JSON.stringify({ channels, start, timeout: hold });
     }
@@ -348,6 +351,7 @@ class Carrier {
   async *ws(channels, start, hold, signal) {
     if (!globalThis.WebSocket) throw new PushUpError("There is no WebSocket here.");
     const token = await this.#wire.token();
+    if (signal.aborted) throw CHANGED;
     const query = token ? `?token=${encodeURIComponent(token)}` : "";
     const watch = new Watch(signal, FIRST_S);
     const socket = new WebSocket(`${this.#wire.base.replace(/^http/, "ws")}/ws${query}`);
@@ -680,7 +684,6 @@ class Tabs {
   #channel;
   #feeds = null; // There are some while this tab leads.
   #closed = new AbortController();
-  #alive = false; // Whether this tab holds its own lock.
   #queued = null;
   #release = () => {};
   #watched = new Map();
@@ -695,17 +698,19 @@ class Tabs {
     this.#channel = new BroadcastChannel(name);
     this.#channel.onmessage = ({ data }) => this.#hear(data);
     this.#timer = setInterval(() => this.#check(), PING_S * 1000);
-    const open = new Promise((resolve) => this.#closed.signal.addEventListener("abort", resolve));
-    const alive = new Promise((resolve) => {
-      this.#lock(`${name}:${this.#tab}`, { signal: this.#closed.signal }, () => {
+  }
+
+  /** Hold this tab's own lock and queue for the other one. Rejects where locks are not to be had. */
+  open() {
+    const { signal } = this.#closed;
+    const closed = new Promise((resolve) => signal.addEventListener("abort", resolve));
+    return new Promise((resolve, reject) => {
+      const hold = () => {
+        this.#queue();
         resolve();
-        return open;
-      });
-    });
-    alive.then(() => {
-      this.#alive = true;
-      this.#rejoin();
-      this.#queue();
+        return closed;
+      };
+      navigator.locks.request(`${this.#name}:${this.#tab}`, { signal }, hold).catch(reject);
     });
   }
 
@@ -742,7 +747,7 @@ class Tabs {
   }
 
   #ask(id) {
-    if (this.#alive) this.#post({ join: id, ...this.#joined.get(id), tab: this.#tab });
+    this.#post({ join: id, ...this.#joined.get(id), tab: this.#tab });
   }
 
   #post(said) {
@@ -1174,16 +1179,32 @@ export class PushUp {
     for (let failures = 0; ; failures++) {
       try {
         const name = await shareName(this.#wire.base, await this.#wire.token(), credentials, transport);
-        if (!opening.signal.aborted) this.#begin(new Tabs(name, makeFeeds, tell));
+        if (!opening.signal.aborted) await this.#meet(new Tabs(name, makeFeeds, tell), opening.signal);
         return;
       } catch (error) {
         if (opening.signal.aborted) return;
-        if (!(error instanceof PushUpError)) throw error;
+        if (!(error instanceof PushUpError)) {
+          this.#begin(makeFeeds(tell)); // A sandboxed page has no locks, though it looks as if it had.
+          return;
+        }
         for (const subscription of this.#subscriptions.values()) subscription[TAKE].state("waiting", error);
         await this.#pause.sleep(0, backoff(failures), opening.signal);
         if (opening.signal.aborted) return;
       }
     }
+  }
+
+  async #meet(tabs, signal) {
+    const close = () => tabs.close();
+    signal.addEventListener("abort", close);
+    try {
+      await tabs.open();
+    } catch (error) {
+      close();
+      throw error;
+    }
+    signal.removeEventListener("abort", close);
+    if (!signal.aborted) this.#begin(tabs);
   }
 
   #begin(source) {
