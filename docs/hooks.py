@@ -4,12 +4,12 @@ A page asks for it by a comment on a line of its own, `<!-- fill: WHAT -->`:
 
     settings, operations, shapes, errors, metrics, commands   from the code
     text FILE | HEADING                                       a section of a Markdown file, or all of it without HEADING
-    table FILE | COLUMN | COLUMN ...                          the table whose head begins with COLUMN; if more are named,
-                                                              these columns of it
+    table FILE | COLUMN | COLUMN ...                          the table whose head begins with COLUMN; if more are
+                                                              named, these columns of it
     rows FILE | HEADING | ROW | ROW ...                       these rows of the table below HEADING, two columns of them
 
-Files are named from the root of the repository. What is not found ends the build. Settings and error codes that stand
-in a page as code become links to what is said of them.
+Files are named from the root of the repository. What is not found ends the build. Error codes that stand in a page as
+code become links to what is said of them, and so do settings, unless their names are words that may mean anything.
 """
 
 import argparse
@@ -97,9 +97,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Called by MkDocs with each page as HTML: settings and error codes become links."""
-    targets = {name: (SETTINGS_PAGE, name) for name in FIELDS} | {
-        error.code: (ERRORS_PAGE, error.code) for error in _errors()
-    }
+    targets = {error.code: (ERRORS_PAGE, error.code) for error in _errors()}
+    if not page.file.src_uri.startswith("clients/"):  # Their parameters have the same names.
+        targets = {name: (SETTINGS_PAGE, name) for name in FIELDS if "_" in name} | targets
 
     def link(match: re.Match[str]) -> str:
         untouched, _, name = match.groups()
@@ -146,8 +146,10 @@ def _setting_row(field: Field) -> tuple[str, ...]:
 
 def show_errors() -> str:
     """A table of all error codes."""
+    meanings = {error.code: (error.__doc__ or "").strip().splitlines()[0] for error in _errors()}
+    meanings[PushUpError.code] = "Something went wrong in the server; its log says what."
     rows = [
-        (f"`{error.code}`{{: #{error.code} }}", str(error.status), (error.__doc__ or "").strip().splitlines()[0])
+        (f"`{error.code}`{{: #{error.code} }}", str(error.status), meanings[error.code])
         for error in sorted(_errors(), key=lambda error: error.status)
     ]
     return _table(("code", "status", "what it says"), rows)

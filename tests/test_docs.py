@@ -1,12 +1,14 @@
 """The documentation site: it builds, it holds what it promises, and its commands do what the pages say."""
 
 import ast
+import asyncio
 import configparser
 import functools
 import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -29,10 +31,13 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
+from pushup.access import hash_key, parse_access
+from pushup.cli import make_parser
 from pushup.errors import PushUpError, SettingsError
-from pushup.settings import FIELDS
+from pushup.settings import FIELDS, load
 from tests.browser import chromium
-from tests.support import PATIENCE_S
+from tests.redis_server import RedisServer
+from tests.support import PATIENCE_S, connected, running
 
 __all__ = ["chromium"]
 
@@ -143,6 +148,36 @@ def test_what_is_imported_from_pushup_exists(block: Block) -> None:
             assert all(hasattr(pushup, name.name) for name in node.names)
 
 
+def commands() -> list[tuple[str, list[str]]]:
+    """Each call of the command in a shell block, by its place."""
+    found = []
+    for block in (block for block in BLOCKS if block.language == "sh"):
+        for line in block.text.replace("\\\n", " ").splitlines():
+            if line.startswith(("pushup ", ".venv/bin/pushup ")):
+                words = shlex.split(line.partition(">")[0], comments=True)
+                found.append((str(block), words[1:]))
+    return found
+
+
+@pytest.mark.parametrize(("place", "words"), commands(), ids=lambda value: value if isinstance(value, str) else None)
+def test_every_command_is_one(place: str, words: list[str]) -> None:
+    """Commands, flags and the values of settings are those there are."""
+    parsed = vars(make_parser().parse_args(words))
+    if parsed["command"] == "serve":
+        load({name: parsed[name] for name in FIELDS if parsed[name] is not None}, {})
+
+
+@of("toml")
+def test_every_file_is_one(block: Block, tmp_path: Path) -> None:
+    """What pages show of settings and access files is good in one."""
+    if "realms" in block.text:
+        assert parse_access(block.text.replace("sha256:…", hash_key("pushup_one")), "access.toml")
+    else:
+        file = tmp_path / "pushup.toml"
+        file.write_text(block.text)
+        load({}, {}, file)
+
+
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A certificate and its key in one file."""
@@ -178,6 +213,7 @@ def test_nginx_accepts_what_we_say(block: Block, certificate: Path, tmp_path: Pa
 
 
 _IMPORT: Final = re.compile(r'^ *import \{ (.*) \} from ".*"$', re.M)
+_TEMPLATE: Final = re.compile(r"\{\{.*?\}\}|\{%.*?%\}")
 _SCRIPT: Final = re.compile(r"<script type=\"module\">(.*?)</script>", re.S)
 
 
@@ -186,7 +222,7 @@ def test_every_script_parses(chromium: webdriver.Chrome) -> None:
     """A browser finds no error of syntax in what pages show of JavaScript, whether alone or in HTML."""
     for block in (block for block in BLOCKS if block.language in IN_A_BROWSER):
         for script in _SCRIPT.findall(block.text) if block.language == "html" else [block.text]:
-            body = _IMPORT.sub(r"const { \1 } = {}", script)
+            body = _IMPORT.sub(r"const { \1 } = {}", _TEMPLATE.sub("0", script))
             error = chromium.execute_script(
                 "try { new Function('return async () => {' + arguments[0] + '\\n}') } catch (e) { return String(e) }",
                 body,
@@ -299,6 +335,55 @@ def test_the_quick_start_does_what_it_says(desk: Desk) -> None:
             terminal = background if block.detail else front
             assert terminal is not None
             terminal.until(_pattern(block.text))
+
+
+async def test_the_steps_of_access_do_what_they_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the page's access file its key publishes, its token polls what it names, and strangers do neither."""
+    monkeypatch.chdir(tmp_path)
+    first, second, *_ = (block.text for block in BLOCKS if block.page == "access.md" and block.language == "sh")
+    (token,) = (block.text for block in BLOCKS if block.page == "access.md" and block.language == "python")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = await asyncio.to_thread(
+        subprocess.run, ["/bin/bash", "-ec", f"{first}\n{second}"], env={"PATH": path}, capture_output=True, check=True
+    )
+    key = done.stderr.decode().split()[-1]
+    names: dict[str, Any] = {}
+    exec(token, names)  # noqa: S102
+    own, foreign = "/poll?channel=user.42.inbox&timeout=0", "/poll?channel=user.43.inbox&timeout=0"
+    bearer = f"Authorization: Bearer {names['make_token']('42')}\r\n"
+
+    async with running(access="access.toml") as server, connected(server) as client:
+        message = {"channels": ["user.42.inbox"], "data": "hello"}
+        published = await client.request("POST", "/publish", message, f"Authorization: Bearer {key}\r\n")
+        refused = await client.request("POST", "/publish", message)
+        polled = await client.request("GET", own, headers=bearer)
+        stranger = await client.get(own)
+        beyond = await client.request("GET", foreign, headers=bearer)
+
+    assert (published.status, refused.status) == (201, 401)
+    assert (polled.status, stranger.status, beyond.status) == (200, 401, 403)
+    assert [message["data"] for message in polled.json["messages"]] == ["hello"]
+
+
+async def test_what_is_published_straight_into_redis_arrives(redis_server: RedisServer) -> None:
+    """The page's calls, by redis-cli and from Python, are messages as any others."""
+    shell, *_ = (block.text for block in BLOCKS if block.page == "publish-redis.md" and block.language == "sh")
+    program, *_ = (block.text for block in BLOCKS if block.page == "publish-redis.md" and block.language == "python")
+    shell = shell.replace("redis-cli", f"redis-cli -p {redis_server.port}").replace("{default}", "{docs}")
+    program = program.replace('"redis://localhost"', f'"{redis_server.url}", realm="docs"')
+
+    async with running(broker=redis_server.url, realm="docs") as server, connected(server) as client:
+        done = await asyncio.to_thread(subprocess.run, ["/bin/bash", "-ec", shell], capture_output=True, check=True)
+        await asyncio.to_thread(exec, program, {})
+        polled = await client.get("/poll?channel=news&timeout=0")
+
+    messages = polled.json["messages"]
+    assert [message["data"] for message in messages] == [
+        *({"headline": headline} for headline in ("It works", "Once", "It works")),
+        *range(1000),
+    ][-len(messages) :]
+    assert len(messages) == 1000, "the window has room for the latest"
+    assert len(done.stdout.split()) == 2, "redis-cli says the ids"
 
 
 # --- the site
