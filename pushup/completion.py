@@ -109,11 +109,13 @@ def _bash(program: str, general: Sequence[Option], commands: Sequence[Command]) 
     for command in commands:
         names = " ".join(name for option in command.options for name in option.names)
         flags.append(f"        {command.name}) flags='{names}' words='{' '.join(command.words)}' ;;")
+        kinds: dict[str, list[str]] = {}
         for option in command.options:
             if option.shown:
                 kind = "" if option.optional else "word" if option.words else "file" if option.shown == FILE else "any"
-                names = " | ".join(f"{command.name}:{name}" for name in option.names)
-                values.append(f"        {names}) kind={kind} words='{' '.join(option.words)}' ;;")
+                answer = f"kind={kind} words='{' '.join(option.words)}'"
+                kinds.setdefault(answer, []).extend(f"{command.name}:{name}" for name in option.names)
+        values += [f"        {' | '.join(patterns)}) {answer} ;;" for answer, patterns in kinds.items()]
     first = [*(command.name for command in commands), *(name for option in general for name in option.names)]
     return _fill(_BASH, PROGRAM=program, FIRST=" ".join(first), FLAGS="\n".join(flags), VALUES="\n".join(values))
 
@@ -159,7 +161,8 @@ def _zsh(program: str, general: Sequence[Option], commands: Sequence[Command]) -
 
     arguments = []
     for command in commands:
-        rest = f"'*: :({' '.join(command.words)})'" if command.words else "'*: : '"
+        # The guard keeps the message that there is nothing to offer away from words that begin a flag.
+        rest = f"'*: :({' '.join(command.words)})'" if command.words else "'*: :_guard \"[^-]*\" argument'"
         specs = " \\\n".join(f"                    {text}" for text in [*map(spec, command.options), rest])
         arguments.append(
             f"                {command.name})\n                    _arguments \\\n{specs}\n                    ;;"
