@@ -199,6 +199,7 @@ class Stream(Generic[_T]):
         """End the iteration, also for a task that waits for the next one."""
         self._closed = True
         self._steps.close()
+        self._step = None
         if self._waiting is not None:
             self._waiting.reschedule(asyncio.get_running_loop().time())
 

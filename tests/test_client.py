@@ -693,6 +693,18 @@ async def test_closing_ends_a_task_that_waits(close: str) -> None:
         await parked(server, 0)
 
 
+async def test_closing_after_a_wait_that_was_cancelled() -> None:
+    """Nothing of it is sent again."""
+    async with stub() as server, Client(server.url) as client:
+        news = client.subscribe("a", start=1)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await anext(news)
+        await news.aclose()
+        assert await anext(news, END) == END
+    assert server.starts == ["1"]
+
+
 async def test_one_task_waits_at_a_time() -> None:
     """A second one is told."""
     async with running() as server, Client(f"http://{server.address}") as client:
