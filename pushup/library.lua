@@ -490,7 +490,7 @@ local function put(key, seen, once, data, names)
   local realm, facts, now = open(key, seen, #names <= NAMES_AT_ONCE and names or {})
   local most = math.min(realm.publish_channels, NAMES_AT_ONCE)
   if #names > most then
-    refuse('INVALID', 'a publication names at most ' .. text(most) .. ' channels')
+    refuse('TOOLARGE', 'a publication names at most ' .. text(most) .. ' channels')
   end
   refuse_in_doubt(now)
   data = check_data(data, realm.message_bytes)

@@ -14,12 +14,11 @@ from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, Self, TypeVar
 
-import msgspec
-
 from pushup.caller import Caller
-from pushup.errors import InvalidParameter, InvalidRequest, PushUpError
+from pushup.errors import PushUpError
 from pushup.library import Library
-from pushup.messages import KEY_LENGTH_MAX, NESTING_MAX, Publication, Receipt, nests_too_deep, parse_channel
+from pushup.messages import Publication, Receipt
+from pushup.publications import Channels, make_publication, make_publications, only
 from pushup.redis_url import parse_servers
 
 _T = TypeVar("_T")
@@ -27,56 +26,6 @@ _T = TypeVar("_T")
 TIMEOUT_S: Final = 5.0
 PUBLISHED_AT_ONCE: Final = 512
 """Publications in one write. More would keep Redis from everybody else for long."""
-
-Channels = str | int | Sequence[str | int]
-"""One channel or several: a name, or the integer that was handed out."""
-
-
-def make_publication(channels: Any, data: Any, key: Any = None) -> Publication:
-    """A publication of any JSON value; NaN and infinities, which JSON has not, become null. Raises InvalidParameter."""
-    try:
-        names = [channels] if isinstance(channels, str | int) else list(channels)
-    except TypeError:
-        names = [None]
-    if not names:
-        raise InvalidParameter("channels", "a publication names at least one channel")
-    if isinstance(channels, bytes) or not all(isinstance(name, str | int) for name in names):
-        raise InvalidParameter("channels", "a channel is a string, or an integer that was handed out")
-    if key is not None and not (isinstance(key, str) and 0 < len(key) <= KEY_LENGTH_MAX and _is_unicode(key)):
-        raise InvalidParameter("key", f"key is a string of 1 to {KEY_LENGTH_MAX} characters")
-    try:
-        text = msgspec.json.encode(data)
-        deep = nests_too_deep(text, msgspec.json.decode(text))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidParameter("data", f"data cannot be JSON: {error}") from None
-    if deep:
-        raise InvalidParameter("data", f"the data is nested more than {NESTING_MAX} levels deep")
-    return Publication(tuple(dict.fromkeys(map(parse_channel, names))), text, key)
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _parse(items: Iterable[Mapping[str, Any]]) -> list[Publication | PushUpError]:
-    """Items as HTTP publishers send them; one that is wrong is its error, and spoils no other."""
-    parsed: list[Publication | PushUpError] = []
-    for item in items:
-        try:
-            if not isinstance(item, Mapping):
-                raise InvalidRequest("a publication is a mapping with channels, data and perhaps a key")
-            unknown = item.keys() - {"channels", "data", "key"}
-            if unknown or "data" not in item:
-                name = min(unknown, default="data")
-                raise InvalidParameter(name, f"{name} is {'not a field of a publication' if unknown else 'missing'}")
-            parsed.append(make_publication(item.get("channels", ()), item["data"], item.get("key")))
-        except PushUpError as error:
-            parsed.append(error)
-    return parsed
 
 
 def _merge(
@@ -88,13 +37,6 @@ def _merge(
         reply = item if isinstance(item, PushUpError) else next(stored)
         results.append(reply if isinstance(reply, PushUpError) else reply[0])
     return results
-
-
-def _only(results: Sequence[Receipt | PushUpError]) -> int:
-    (result,) = results
-    if isinstance(result, PushUpError):
-        raise result
-    return result.id
 
 
 class AsyncPublisher:
@@ -123,11 +65,11 @@ class AsyncPublisher:
         is not repeated once Redis may have it: Unavailable then says that it may have been stored.
         Raises ChannelNotFound, KeyReused, InvalidParameter, InvalidRequest, TooLarge, Unavailable.
         """
-        return _only(await self._publish([make_publication(channels, data, key)]))
+        return only(await self._publish([make_publication(channels, data, key)]))
 
     async def publish_many(self, items: Iterable[Mapping[str, Any]]) -> list[Receipt | PushUpError]:
         """Publish `{"channels": …, "data": …, "key": …}` in order, pipelined; for each the receipt or the error."""
-        return await self._publish(_parse(items))
+        return await self._publish(make_publications(items))
 
     async def close(self) -> None:
         """Close the connection."""

@@ -34,7 +34,7 @@ LADDER = {
     "link": ("library", "servers"),
     "caller": ("address", "errors", "library", "link", "messages", "redis_url", "servers"),
     "redis_broker": ("address", "broker", "caller", "errors", "library", "link", "messages", "redis_url"),
-    "publisher": ("caller", "errors", "library", "messages", "redis_url"),
+    "publisher": ("caller", "errors", "library", "messages", "publications", "redis_url"),
     "node": ("broker", "errors", "hub", "messages", "metrics", "settings", "version"),
     "realm": ("access", "errors", "node", "quota", "sender", "tokens"),
     "service": ("access", "clients", "metrics", "origins", "realm", "sender", "settings"),

@@ -480,8 +480,8 @@ def test_keys_of_every_kind(realm: Realm) -> None:
         ([str(MAX_ID + 1)], f"INVALID a name of digits only is an integer channel, between 1 and {MAX_ID}"),
         (["1" * 17], f"INVALID a name of digits only is an integer channel, between 1 and {MAX_ID}"),
         ([], "INVALID a publication names at least one channel"),
-        ([f"c{n}" for n in range(101)], "INVALID a publication names at most 100 channels"),
-        ([f"c{n}" for n in range(10_000)], "INVALID a publication names at most 100 channels"),
+        ([f"c{n}" for n in range(101)], "TOOLARGE a publication names at most 100 channels"),
+        ([f"c{n}" for n in range(10_000)], "TOOLARGE a publication names at most 100 channels"),
         (["17"], "NOCHANNEL 17"),
         ([str(MAX_ID)], f"NOCHANNEL {MAX_ID}"),
     ],
@@ -505,7 +505,7 @@ def test_a_name_given_twice_counts_once(realm: Realm) -> None:
 
     assert realm.publish("a", "b", "a", "b", "a") > 0
     assert realm.publish(*["a", "b"] * 5000) > 0
-    assert realm.refusal("publish", "1", "a", "b", "c") == "INVALID a publication names at most 2 channels"
+    assert realm.refusal("publish", "1", "a", "b", "c") == "TOOLARGE a publication names at most 2 channels"
 
 
 def test_more_channels_than_redis_should_be_asked_for(realm: Realm) -> None:
@@ -518,7 +518,7 @@ def test_more_channels_than_redis_should_be_asked_for(realm: Realm) -> None:
     assert [ids(realm.read(name)) for name in ("c0", "c999")] == [[id], [id]]
     for count in (1001, 10_000):
         assert realm.refusal("publish", "1", *[f"c{number}" for number in range(count)]) == (
-            "INVALID a publication names at most 1000 channels"
+            "TOOLARGE a publication names at most 1000 channels"
         )
 
 

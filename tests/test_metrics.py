@@ -12,7 +12,7 @@ from pushup.errors import ChannelNotFound, InvalidParameter, PushUpError, Settin
 from pushup.metrics import CONTENT_TYPE, LAG_BUCKETS_S, Histogram, Metrics
 from tests.support import connected, parked, running
 
-LABELS = {"reason", "code", "side", "outcome", "le", "realm"}
+LABELS = {"reason", "code", "side", "outcome", "le", "realm", "type"}
 """Each with a small set of values that operators choose. Never a channel or anything else that users choose."""
 
 

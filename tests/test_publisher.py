@@ -28,7 +28,8 @@ from pushup.errors import (
 from pushup.library import LOAD, VERSION, Library, parse_histories
 from pushup.memory import MemoryBroker
 from pushup.messages import ChannelOptions, Message, Receipt
-from pushup.publisher import PUBLISHED_AT_ONCE, make_publication
+from pushup.publications import make_publication
+from pushup.publisher import PUBLISHED_AT_ONCE
 from pushup.settings import Settings
 from pushup.wire import parse_publication
 from tests.redis_server import RedisServer
