@@ -726,6 +726,39 @@ def test_a_server_that_never_waits_is_not_asked_in_a_tight_loop(tab: Tab, site: 
     assert times[4] - times[3] > 0.3
 
 
+def test_a_poll_that_is_silent_for_too_long_is_given_up(tab: Tab, site: Site) -> None:
+    """As when a laptop slept: its connection is gone, and nobody says so."""
+    asked = 0
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        nonlocal asked
+        asked += 1
+        if asked == 2:
+            return await park()
+        return empty(5) if asked == 1 else empty(6, message(5)) if asked == 3 else await park()
+
+    site.answer = answer
+    tab.run(FAST)
+    tab.run("follow({}, ['a'])")
+
+    tab.expect(5)
+    assert tab.run("return states") == ["open", "waiting", "open"]
+
+
+def test_a_token_that_cannot_be_had_is_asked_for_again(tab: Tab, servers: Servers, guarded: Server) -> None:
+    """Where tokens come from may be down for a while, too."""
+    tab.run(
+        "window.asked = 0; Math.random = () => 0;"
+        "const token = () => {if (++asked < 4) throw new Error('down'); return arguments[1]};"
+        "follow({...arguments[0], token}, ['a'])",
+        at(guarded),
+        token(),
+    )
+
+    tab.until_open()
+    assert tab.run("return [asked, states]") == [4, ["waiting", "open"]]
+
+
 @pytest.mark.parametrize("refusal", ["websocket refused", "events refused too", "events kept back"])
 def test_auto_falls_back_to_what_gets_through(refusal: str, tab: Tab, site: Site) -> None:
     """From WebSocket to events to polls, with the same cursor; and stays with it."""

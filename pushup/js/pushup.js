@@ -20,6 +20,7 @@ const HOLD_S = 25;
 const GRACE_S = 10; // An answer this late does not come any more.
 const BACKOFF_BASE_S = 0.5;
 const BACKOFF_CAP_S = 30;
+const RETRY_MAX_S = 86_400; // More would be too much for a timer, and end at once.
 const HASTY_S = 0.1; // What ends sooner with nothing to say must not be asked for in a tight loop.
 const FIRST_S = 5; // A stream's first answer comes at once, unless something on the way keeps it back.
 const SILENCE_S = 45; // A stream has a heartbeat; after this long it is dead.
@@ -70,7 +71,7 @@ const isFinal = (error) => error.status >= 400 && error.status < 500 && !PASSES.
 function retrySeconds(header) {
   if (!header) return 0;
   const wait = /^\d+$/.test(header) ? Number(header) : (Date.parse(header) - Date.now()) / 1000;
-  return Math.max(wait, 0) || 0;
+  return Math.min(Math.max(wait, 0) || 0, RETRY_MAX_S);
 }
 
 /** Full jitter: anything between nothing and a ceiling that doubles with every failure. */
@@ -185,7 +186,7 @@ class Wire {
   /** The token to show; undefined if there is none. Rejects if the function that has it does. */
   async token() {
     if (typeof this.#token !== "function") return this.#token;
-    const asked = (this.#held ??= Promise.resolve(this.#token()));
+    const asked = (this.#held ??= (async () => this.#token())());
     try {
       return await asked;
     } catch (error) {
@@ -197,7 +198,7 @@ class Wire {
   /** Whether to try again after this error, as another token will be asked for or is there already. */
   async renews(error) {
     if (error.status !== 401 || typeof this.#token !== "function") return false;
-    const held = await Promise.resolve(this.#held).catch(() => null);
+    const held = await this.#held?.catch(() => null);
     if (held !== error.token) return true;
     if (this.#doubtful) return false;
     this.#doubtful = true;
@@ -288,6 +289,7 @@ class Carrier {
     if (transport !== "auto" && !TRANSPORTS.includes(transport)) {
       throw new TypeError(`transport is poll, events, ws or auto, not ${transport}`);
     }
+    if (transport === "ws" && !globalThis.WebSocket) throw new TypeError("there is no WebSocket here");
     this.#wire = wire;
     this.#order = transport === "auto" ? TRANSPORTS : [transport];
   }
