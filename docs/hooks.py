@@ -58,6 +58,7 @@ _FILL: Final = re.compile(r"^<!-- fill: (\w+)(?: (.*?))? -->$", re.M)
 _HEADING: Final = re.compile(r"^(#+) (.*)$")
 _LINK: Final = re.compile(r"\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 _CODE: Final = re.compile(r"(<(a|pre|h[1-6])\b.*?</\2>)|<code>([a-z_]+)</code>", re.S)
+_SPAN: Final = re.compile(r"`[^`]*`")
 _UNITS: Final = (("MiB", 1024 * 1024), ("KiB", 1024))
 
 
@@ -68,7 +69,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         expanded: list[Any] = []
         for item in items:
             if isinstance(item, dict):
-                expanded += [{title: expand(below) for title, below in item.items()}]
+                expanded += [{title: pages} for title, below in item.items() if (pages := expand(below))]
             elif "*" in item:
                 expanded += sorted(str(path.relative_to(DOCS)) for path in DOCS.glob(item))
             else:
@@ -92,7 +93,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         except (LookupError, OSError, TypeError) as error:
             raise PluginError(f"{page.file.src_uri}, {match.group()}: {error}") from error
 
-    return _relate(_FILL.sub(fill, markdown), page.file.src_uri)
+    markdown = "\n".join(_plain_bars(line) for line in _FILL.sub(fill, markdown).split("\n"))
+    return _relate(markdown, page.file.src_uri)
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
@@ -112,6 +114,11 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
         return f'<a href="{get_relative_url(file.url, page.url)}#{anchor}">{match.group()}</a>'
 
     return _CODE.sub(link, html)
+
+
+def _plain_bars(line: str) -> str:
+    """In a row of a table, code without the backslashes that GitHub wants before bars, and Python-Markdown shows."""
+    return _SPAN.sub(lambda match: match.group().replace("\\|", "|"), line) if line.startswith("| ") else line
 
 
 def _relate(markdown: str, source: str) -> str:
