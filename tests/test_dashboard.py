@@ -20,7 +20,7 @@ from selenium import webdriver
 from selenium.webdriver.support.ui import WebDriverWait
 
 from pushup.dashboard import BUSIEST, HISTORY_EVERY, WATCHED_S, Feed, check_caller, figures, rank
-from pushup.errors import Forbidden, OriginNotAllowed
+from pushup.errors import Forbidden, OriginNotAllowed, Unavailable
 from pushup.messages import MAX_ID, ChannelInfo, Poll
 from tests import browser
 from tests.redis_server import RedisServer
@@ -223,6 +223,30 @@ async def test_the_end_of_the_node_answers_who_waits() -> None:
         for client in (page, console):
             reply = await client.reply()
             assert (reply.status, reply.json["messages"]) == (200, [])
+
+
+async def test_a_broker_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Takes the lists of nodes and channels away, says why, and leaves the figures alone; a fault is logged."""
+
+    async def gone() -> Any:
+        raise Unavailable("the broker did not answer in time")
+
+    async with running() as server, connected(server, admin=True) as client:
+        with monkeypatch.context() as broken:
+            broken.setattr(server.node.broker, "nodes", gone)
+            messages, cursor = await samples(client)
+            while not [message for message in messages if "tables:default" in message["channels"]]:
+                reply = await ask(client, "GET", f"/dashboard/poll?start={cursor}")
+                messages, cursor = messages + reply.json["messages"], reply.json["next"]
+
+            assert latest(messages, "live")["state"] == "ready"
+            tables = latest(messages, "tables")
+            assert (tables["nodes"], tables["trouble"]) == ([], "the broker did not answer in time")
+
+            broken.setattr(server.node, "busiest", None)
+            await eventually(lambda: bool(caplog.records), "the fault is logged")
+            assert caplog.records[0].getMessage() == "cannot list nodes and channels"
+        assert (await ask(client, "GET", f"/dashboard/poll?start={cursor}")).json["messages"] != []
 
 
 # Busy channels
@@ -750,6 +774,71 @@ def test_a_lost_connection_is_said_and_found_again(page: Dashboard, node: Node) 
 
 
 @pytest.mark.browser
+def test_a_node_that_comes_back_is_found_again(page: Dashboard) -> None:
+    """Its samples are gone and its counters begin anew: the page says that it missed some, and goes on."""
+    node = Node(name="phoenix")
+    try:
+        page.open(node.admin)
+        node.publish("before", 1)
+        page.until(lambda: page.number("publications") > 0, "hoped for a rate")
+    finally:
+        node.kill()
+    page.until_has("state", "no connection")
+    assert page.text("reason") == "The connection to this node is lost."
+    assert page.browser.title.startswith("(lost) phoenix")
+
+    again = Node(name="phoenix", listen=node.address, admin_listen=node.admin)
+    try:
+        page.click("#retry")
+        page.until(lambda: page.text("state") == "ready", "hoped to be back")
+        page.until_has("samples", "1 gap")
+        again.publish("after", 1)
+        page.until(lambda: page.number("publications") > 0, "hoped for a rate")
+        page.until(lambda: [row[0] for row in page.rows("channels")] == ["after"], "hoped for the channel")
+    finally:
+        again.stop()
+    page.complaints()
+
+
+@pytest.mark.browser
+def test_a_page_that_nobody_sees_does_not_ask(page: Dashboard, node: Node) -> None:
+    """It goes on where it was as soon as it is seen again."""
+
+    def turn(hidden: bool) -> None:
+        page.browser.execute_script(
+            "Object.defineProperty(document, 'hidden', {value: arguments[0], configurable: true});"
+            "document.dispatchEvent(new Event('visibilitychange'))",
+            hidden,
+        )
+
+    page.open(node.admin)
+    turn(True)
+    cursor = page.text("cursor")
+    connection = http.client.HTTPConnection(node.admin, timeout=PATIENCE_S)
+    later = int(cursor) + 2_500_000
+    try:
+        connection.request("GET", f"/dashboard/poll?start={later}", headers={"Host": "localhost"})
+        assert json.loads(connection.getresponse().read())["next"] > later
+    finally:
+        connection.close()
+    assert page.text("cursor") == cursor
+
+    turn(False)
+    page.until(lambda: int(page.text("cursor")) > later, "hoped to go on")
+    assert page.text("samples").endswith(", 0 gaps")
+    assert page.complaints() == []
+
+
+@pytest.mark.browser
+def test_a_name_that_the_node_does_not_trust(page: Dashboard, node: Node) -> None:
+    """The page cannot do anything, and says what to do about it."""
+    port = node.admin.rpartition(":")[2]
+    page.browser.get(f"http://push.localhost:{port}/")
+    page.until_has("reason", "use an address or localhost, or name the host in admin_listen")
+    page.complaints()
+
+
+@pytest.mark.browser
 def test_a_realm_is_chosen(page: Dashboard, tmp_path: Path) -> None:
     """And the address of the page keeps the choice."""
     access = tmp_path / "access.toml"
@@ -837,6 +926,26 @@ def contrast(one: str, other: str) -> float:
 
     low, high = sorted((luminance(one), luminance(other)))
     return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.browser
+def test_the_focus_stays_on_its_channel(page: Dashboard, node: Node) -> None:
+    """Also when busier channels move it down the table; nothing that changes every second is read out."""
+    node.publish("focus", 1)
+    page.open(node.admin)
+    page.until(lambda: "focus" in [row[0] for row in page.rows("channels")], "hoped for the channel")
+    page.browser.execute_script("document.querySelector('[data-listen=focus]').focus()")
+    before = [row[0] for row in page.rows("channels")].index("focus")
+
+    with node.polls("busier", 2):
+        page.until(lambda: [row[0] for row in page.rows("channels")].index("focus") > before, "hoped for a move")
+        assert page.browser.execute_script("return document.activeElement.dataset.listen") == "focus"
+
+    live = page.browser.execute_script(
+        "return [...document.querySelectorAll('output, [aria-live], [role=status], [role=alert], [role=log]')]"
+        ".map(e => e.id)"
+    )
+    assert sorted(live) == ["log", "outcome", "reason", "state"]
 
 
 @pytest.mark.browser

@@ -293,7 +293,7 @@ const telling = {
     failed = null;
     $("trouble").hidden = true;
     say("cursor", String(next));
-    say("samples", `${many(received, "sample")}, ${many(gaps, "gap")}`);
+    say("samples", `${many(received, "message")}, ${many(gaps, "gap")}`);
     show();
   },
   failure(failure, wait) {
@@ -602,7 +602,13 @@ function showChannels() {
     made.dataset.channel = channel;
     return made;
   });
+  const focused = document.activeElement?.dataset.listen;
   update($("channels").tBodies[0], rows);
+  if (focused && document.activeElement?.dataset.listen !== focused) {
+    // Its row has moved; the focus moves with it.
+    [...document.querySelectorAll("[data-listen]")]
+      .find((button) => button.dataset.listen === focused)?.focus({ preventScroll: true });
+  }
   $("channels").hidden = !rows.length;
   $("channels-empty").hidden = rows.length > 0;
   say("channels-note", tables.more ? `of those polled here and the first ${count(tables.listed)} by name` : "");
@@ -641,7 +647,7 @@ function legend(id, items) {
 }
 
 function showEnds() {
-  for (const shown of document.querySelectorAll(".period")) shown.textContent = spell(range);
+  say("ends-period", spell(range));
   const span = period();
   const ended = Object.keys(ENDS)
     .map((key) => ({ key, number: span ? (span.last.ends[key] ?? 0) - (span.first.ends[key] ?? 0) : 0 }))
@@ -669,6 +675,7 @@ function showRefused() {
     )))
     .sort((a, b) => b.recent - a.recent || b.number - a.number);
   $("refused-empty").hidden = items.length > 0;
+  say("refused-period", spell(range) + (tables?.realms.length > 1 ? ", all realms" : ""));
   legend("refused", items.map(({ key, name, recent, number }) => (
     { key, name, value: count(recent), share: `${count(number)} since start` }
   )));
@@ -725,19 +732,22 @@ function listen(channel, start) {
   $("log").replaceChildren();
   $("listen-channel").value = channel;
   $("toggle").textContent = "Stop";
-  $("toggle").setAttribute("aria-pressed", "true");
   heard(`Listening on ${channel}.`);
   let number = 0;
+  let lost = false;
   listener = new Follower("/dashboard/listen", { ...(realm === null ? {} : { realm }), channel }, start, {
     answer({ messages, gap, closed, next }) {
       if (gap) note("gap", "Messages may be missing here (gap).");
       for (const message of messages) note("message", JSON.stringify(message.data), message);
       if (closed) note("closed", `The channel ${closed.join(", ")} was closed.`);
       number += messages.length;
+      lost = false;
       heard(`Listening on ${channel}: ${many(number, "message")}, cursor ${next}.`);
     },
     failure(failure) {
       heard(`${failure.message} Trying again.`);
+      if (!lost) note("lost", failure.message);
+      lost = true;
     },
   });
 }
@@ -750,7 +760,6 @@ function unlisten() {
   listener?.stop();
   listener = null;
   $("toggle").textContent = "Listen";
-  $("toggle").setAttribute("aria-pressed", "false");
 }
 
 /** A line of the log; the newest is the last, and stays in sight if the last was. */
