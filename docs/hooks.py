@@ -2,7 +2,8 @@
 
 A page asks for it by a comment on a line of its own, `<!-- fill: WHAT -->`:
 
-    settings, operations, shapes, errors, metrics, commands   from the code
+    settings, errors, metrics, commands                       from the code
+    overview, operations, shapes                              from the API's description
     text FILE | HEADING                                       a section of a Markdown file, or all of it without HEADING
     table FILE | COLUMN | COLUMN ...                          the table whose head begins with COLUMN; if more are
                                                               named, these columns of it
@@ -38,6 +39,7 @@ ROOT: Final = DOCS.parent
 
 SETTINGS_PAGE: Final = "reference/settings.md"
 ERRORS_PAGE: Final = "reference/errors.md"
+HTTP_PAGE: Final = "reference/http.md"
 
 PAGES: Final = {
     "SECURITY.md": "access.md",
@@ -203,6 +205,17 @@ def show_commands() -> str:
 
 def _api() -> Any:
     return json.loads((ROOT / "pushup/openapi.json").read_text())
+
+
+def show_overview() -> str:
+    """A line for each operation, which leads to all that is said of it."""
+    rows = [
+        (f"[`{method.upper()} {path}`](page:{HTTP_PAGE}#{operation['operationId']})", operation["summary"])
+        for path, item in _api()["paths"].items()
+        for method, operation in item.items()
+        if method != "parameters"
+    ]
+    return _table(("request", "what it is for"), rows)
 
 
 def show_operations() -> str:
@@ -511,6 +524,7 @@ def _text_block(text: str, language: str = "text") -> str:
 
 FILLS: Final[Mapping[str, Callable[..., str]]] = {
     "settings": show_settings,
+    "overview": show_overview,
     "operations": show_operations,
     "shapes": show_shapes,
     "errors": show_errors,
