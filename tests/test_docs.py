@@ -37,7 +37,7 @@ from pushup.errors import PushUpError, SettingsError
 from pushup.settings import FIELDS, load
 from tests.browser import chromium
 from tests.redis_server import RedisServer
-from tests.support import PATIENCE_S, connected, running
+from tests.support import PATIENCE_S, connected, parked, running
 
 __all__ = ["chromium"]
 
@@ -212,6 +212,12 @@ def test_nginx_accepts_what_we_say(block: Block, certificate: Path, tmp_path: Pa
     assert "[warn]" not in done.stderr
 
 
+RUN_MODULE: Final = """\
+const script = document.createElement("script");
+script.type = "module";
+script.textContent = arguments[0];
+document.body.append(script);"""
+
 _IMPORT: Final = re.compile(r'^ *import \{ (.*) \} from ".*"$', re.M)
 _TEMPLATE: Final = re.compile(r"\{\{.*?\}\}|\{%.*?%\}")
 _SCRIPT: Final = re.compile(r"<script type=\"module\">(.*?)</script>", re.S)
@@ -335,6 +341,27 @@ def test_the_quick_start_does_what_it_says(desk: Desk) -> None:
             terminal = background if block.detail else front
             assert terminal is not None
             terminal.until(_pattern(block.text))
+
+
+@pytest.mark.browser
+async def test_the_page_of_the_quick_start_shows_what_is_published(chromium: webdriver.Chrome) -> None:
+    """Both scripts of the page, without the client and with it, hear of a publication in a real browser."""
+    plain, page = (block.text for block in BLOCKS if block.page == "quick-start.md" and block.language in IN_A_BROWSER)
+    (module,) = _SCRIPT.findall(page)
+    logged = "console.log = (text) => document.body.append(`logged ${text}`)"
+
+    async with running() as server, connected(server) as client:
+        await asyncio.to_thread(chromium.get, f"http://{server.address}/openapi.json")
+        await asyncio.to_thread(chromium.execute_script, RUN_MODULE, f"{logged}\n{plain}")
+        await parked(server, 1)
+        await asyncio.to_thread(chromium.execute_script, RUN_MODULE, module)
+        await parked(server, 2)
+        await client.publish("news", data="It works")
+        await asyncio.to_thread(
+            WebDriverWait(chromium, PATIENCE_S, 0.02).until,
+            lambda browser: browser.execute_script("return document.body.innerText").count("It works") == 2,
+        )
+        await asyncio.to_thread(chromium.get, "about:blank")
 
 
 async def test_the_steps_of_access_do_what_they_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
