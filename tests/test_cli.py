@@ -19,9 +19,24 @@ import pytest
 
 from pushup import __version__
 from pushup.access import Keys, parse_access
-from pushup.cli import GROUPS, main, make_parser
-from pushup.settings import FIELDS, Field, show
+from pushup.cli import GROUPS, complain, main, make_parser
+from pushup.commands import TOKEN_VARIABLE, URL_VARIABLE
+from pushup.errors import (
+    ChannelNotFound,
+    Forbidden,
+    InvalidParameter,
+    PushUpError,
+    RealmFull,
+    SettingsError,
+    TokenExpired,
+    TooManyPublications,
+    Unauthorized,
+    Unavailable,
+)
+from pushup.settings import ENV_PREFIX, FIELDS, Field, show
 from tests.support import PATIENCE_S
+
+COMMANDS = ["serve", "config", "nodes", "key", "publish", "listen", "channels", "bench", "completion"]
 
 PRIVATE = {"PUSHUP_LISTEN": "127.0.0.1:0", "PUSHUP_ADMIN_LISTEN": "127.0.0.1:0", "PUSHUP_LOG_LEVEL": "warning"}
 
@@ -182,8 +197,91 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    assert "serve " in text
-    assert "config " in text
+    for command in COMMANDS:
+        assert f"\n    {command} " in text
+
+
+@pytest.mark.parametrize("command", ["", "publish", "listen", "channels", "bench"])
+def test_help_says_the_exit_statuses(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For scripts; and nothing is wider than a page."""
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--help"])
+
+    lines = capsys.readouterr().out.splitlines()
+    statuses = [line.split()[0] for line in lines[lines.index("exit status:") + 1 :]]
+    assert statuses == ["0", "1", "2", "3", "4", "130"]
+    assert max(map(len, lines)) <= 120
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (PushUpError("x"), 1),
+        (ChannelNotFound("a"), 1),
+        (SettingsError("x"), 2),
+        (InvalidParameter("a", "x"), 2),
+        (Unauthorized("x"), 3),
+        (TokenExpired("x"), 3),
+        (Forbidden("x"), 3),
+        (Unavailable("x"), 4),
+        (RealmFull("x"), 4),
+        (TooManyPublications("x"), 4),
+    ],
+)
+def test_the_status_of_an_error(error: PushUpError, status: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Commands of clients end with what a script may want to tell apart."""
+    assert complain(error, "line 3: ") == status
+    assert capsys.readouterr().err == f"pushup: line 3: {error}\n"
+
+
+def loaded_by(code: str) -> set[str]:
+    """The modules that are loaded once the code has run, in an interpreter of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{code}\nprint(*sys.modules)"],
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=True,
+    )
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_the_parser_is_light() -> None:
+    """Help, completion and wrong usage wait for no server and no client: only for what the settings need."""
+    modules = loaded_by("import pushup.cli; pushup.cli.make_parser()")
+
+    ours = {name.removeprefix("pushup.") for name in modules if name.startswith("pushup.")}
+    assert ours == {"address", "cli", "clients", "errors", "messages", "origins", "redis_url", "settings", "version"}
+    assert not modules & {"aiohttp", "asyncio", "cryptography", "jwt", "logging", "multiprocessing", "redis", "uvloop"}
+
+
+def test_a_node_loads_no_client() -> None:
+    """`pushup serve` imports what a node needs; also not redis-py unless it is asked for Redis."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        modules = loaded_by(f"import pushup.cli; pushup.cli.main(['serve', '--listen', {address!r}])")
+
+    assert "pushup.server" in modules
+    clients = {"bench", "client", "commands", "completion", "dialogue", "publisher", "sync_client", "table"}
+    assert not modules & {f"pushup.{name}" for name in clients}
+    assert not modules & {"pushup.redis_broker", "pushup.workers", "redis"}
+
+
+def test_a_client_loads_no_server() -> None:
+    """`pushup publish` imports what a client needs."""
+    modules = loaded_by("import pushup.cli; pushup.cli.main(['publish', 'a', '1', '--token-file', '/nowhere'])")
+
+    assert "pushup.dialogue" in modules
+    assert not modules & {"pushup.server", "pushup.node", "pushup.web", "prometheus_client", "jwt", "redis", "uvloop"}
+
+
+def test_variables_of_clients_are_no_settings() -> None:
+    """They can be set for a whole session, in which a node is started, too."""
+    assert not any(name.startswith(ENV_PREFIX) for name in (URL_VARIABLE, TOKEN_VARIABLE))
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
