@@ -358,9 +358,9 @@ def _run_node(command: str, options: dict[str, Any]) -> int:
         else:
             return _run(settings, announce)
     except PushUpError as error:
-        return _complain(error)
+        return complain(error) if command == "nodes" else _complain(error)
     except KeyboardInterrupt:
-        return EXIT_FAILED
+        return EXIT_INTERRUPTED if command == "nodes" else EXIT_FAILED
     return 0
 
 
@@ -512,7 +512,7 @@ def serve_as_worker(settings: Settings, ready: "Connection[Any, Any]") -> None:
 
 
 def _complain(error: PushUpError) -> int:
-    """The same for the commands of nodes."""
+    """The same for a node, which fails or has a wrong setting."""
     print(f"pushup: {error}", file=sys.stderr)
     return EXIT_WRONG_SETTING if isinstance(error, SettingsError) else EXIT_FAILED
 

@@ -237,6 +237,17 @@ def test_the_status_of_an_error(error: PushUpError, status: int, capsys: pytest.
     assert capsys.readouterr().err == f"pushup: line 3: {error}\n"
 
 
+@pytest.mark.parametrize("broker", ["memory://", "redis://127.0.0.1:1"])
+def test_nodes_that_cannot_be_asked(broker: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Are unavailable."""
+    arguments = ["--broker", broker, "--admin-listen", "127.0.0.1:1", "--broker-timeout", "0.2"]
+
+    assert main(["nodes", *arguments]) == 4
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+
+
 def loaded_by(code: str) -> set[str]:
     """The modules that are loaded once the code has run, in an interpreter of its own."""
     done = subprocess.run(
