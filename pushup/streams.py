@@ -256,11 +256,13 @@ class Socket:
         except ConnectionError:
             pass  # The client is gone.
         finally:
-            for task in self._tasks.values():
+            tasks = list(self._tasks.values())
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
             for follower in list(self._seats):
                 self._forget(follower)
+            # Last, as the connection may be lost while this waits, which cancels whoever serves it.
+            await asyncio.gather(*tasks, return_exceptions=True)
         return socket
 
     async def close(self) -> None:
@@ -325,7 +327,9 @@ class Socket:
     def _forget(self, follower: Follower) -> None:
         """The subscription has ended."""
         self._tasks.pop(follower, None)
-        self._seats.pop(follower).leave()
+        seat = self._seats.pop(follower, None)
+        if seat is not None:
+            seat.leave()
 
     async def _drop(self, channels: Sequence[str]) -> None:
         """Take channels out of the subscriptions they are in; the rest of these goes on from its cursor."""

@@ -4,6 +4,7 @@ Parsing is strict. Whatever is unknown, missing, out of range or of the wrong ty
 InvalidRequest with a sentence that names it. A member that is left out takes its default; null is a wrong type.
 """
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Final, NamedTuple, TypeVar
@@ -208,12 +209,31 @@ def parse_frame(text: bytes, settings: Settings) -> Frame:
     try:
         return _parse_frame(text, settings)
     except PushUpError as error:
-        fields: _FrameRef = _decode(_frame_ref, text, "frame")
-        try:
-            ref = _ref(fields.ref)
-        except InvalidRequest:
-            ref = {}
-        return Frame((), (), None, 0, ref, error)
+        return Frame((), (), None, 0, _salvage_ref(text, error), error)
+
+
+def _salvage_ref(text: bytes, error: PushUpError) -> dict[str, Any]:
+    """The ref of a frame with something else wrong. Raises the error if it is no JSON object."""
+    try:
+        fields: _FrameRef = _frame_ref.decode(text)
+        return _ref(fields.ref)
+    except (InvalidRequest, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        pass
+    # Python's own parser lets half a surrogate pair pass, which msgspec finds wherever it is.
+    try:
+        value = json.loads(text.decode(), parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        raise error from None
+    if not isinstance(value, dict):
+        raise error
+    try:
+        return {"ref": Raw(msgspec.json.encode(value["ref"]))} if "ref" in value else {}
+    except (ValueError, RecursionError):
+        return {}
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _parse_frame(text: bytes, settings: Settings) -> Frame:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -13,9 +14,11 @@ from pushup.errors import ChannelNotFound, InvalidParameter, InvalidRequest, Pus
 from pushup.messages import LATEST, MAX_ID, Answer, ChannelInfo, ChannelOptions, Message, Poll, Publication, Receipt
 from pushup.settings import Settings
 from pushup.wire import (
+    Frame,
     find_token,
     is_batch,
     parse_channel_options,
+    parse_frame,
     parse_page,
     parse_poll_body,
     parse_poll_query,
@@ -23,6 +26,8 @@ from pushup.wire import (
     parse_publications,
     parse_renewal,
     parse_segment,
+    parse_stream_query,
+    parse_token_query,
     show_info,
     show_page,
     show_receipt,
@@ -905,3 +910,167 @@ async def test_a_published_value_is_delivered_equal(value: Any) -> None:
             "next": id + 1,
             "gap": False,
         }
+
+
+# Streams
+
+
+STREAM = "channel=a&channel=b&start=7"
+
+
+@pytest.mark.parametrize(
+    ("query", "last", "expected"),
+    [
+        ("channel=a", None, (("a",), 0)),
+        ("channel=a", "", (("a",), 0)),
+        ("channel=a&start=latest", None, (("a",), LATEST)),
+        ("channel=a&start=latest", "5", (("a",), 5)),
+        ("channel=a&start=9", "5", (("a",), 5)),
+        ("channel=b&channel=a&channel=b&token=x&", "0", (("b", "a"), 0)),
+        (STREAM, str(MAX_ID), (("a", "b"), MAX_ID)),
+    ],
+)
+def test_stream_query(query: str, last: str | None, expected: tuple[tuple[str, ...], int]) -> None:
+    """Channels and a cursor; the last event id, if there is one, is the later cursor."""
+    poll = parse_stream_query(query, last, SETTINGS)
+    assert (poll.channels, poll.start, poll.end) == (*expected, MAX_ID)
+
+
+@pytest.mark.parametrize(
+    ("query", "last", "parameter"),
+    [
+        ("", None, "channel"),
+        ("start=1", "1", "channel"),
+        ("channel=a&end=1", None, "end"),
+        ("channel=a&timeout=1", None, "timeout"),
+        ("channel=a&%65nd=1", None, "end"),
+        ("channel=a&chanel=b", None, "chanel"),
+        ("channel=a&start=x", "1", "start"),
+        ("channel=a", "x", "Last-Event-ID"),
+        ("channel=a", "latest", "Last-Event-ID"),
+        ("channel=a", "-1", "Last-Event-ID"),
+        ("channel=a", "01", "Last-Event-ID"),
+        ("channel=a", "1 ", "Last-Event-ID"),
+        ("channel=a", str(MAX_ID + 1), "Last-Event-ID"),
+        ("channel=a", "٣", "Last-Event-ID"),
+    ],
+)
+def test_wrong_stream_query(query: str, last: str | None, parameter: str) -> None:
+    """What has no meaning on a stream is an error that names it."""
+    with pytest.raises(InvalidParameter) as caught:
+        parse_stream_query(query, last, SETTINGS)
+    assert caught.value.members["parameter"] == parameter
+    assert parameter in caught.value.detail or parameter == "channel"
+
+
+@pytest.mark.parametrize(
+    ("query", "token"),
+    [("", None), ("&&", None), ("token=a.b-c", "a.b-c"), ("&token=%41", "A"), ("token", None), ("token=", "")],
+)
+def test_token_query(query: str, token: str | None) -> None:
+    """A token, or nothing."""
+    assert parse_token_query(query) == token
+
+
+@pytest.mark.parametrize("query", ["channel=a", "token=a&x", "token=a&token=a", "tok%65n=a&token=b", "=", "token=%"])
+def test_wrong_token_query(query: str) -> None:
+    """Anything else, and anything twice."""
+    with pytest.raises(InvalidRequest):
+        parse_token_query(query)
+
+
+def test_frames() -> None:
+    """One of three, with or without a ref."""
+    assert parse_frame(b'{"subscribe":["b",17,"b"]}', SETTINGS) == Frame(("b", "17"), (), None, 0, {})
+    assert parse_frame(b'{"start":"latest","subscribe":["a"]}', SETTINGS).start == LATEST
+    assert parse_frame(b'{"subscribe":["a"],"start":5}', SETTINGS).start == 5
+    assert parse_frame(b' {"unsubscribe":["a",17]}\n', SETTINGS) == Frame((), ("a", "17"), None, 0, {})
+    frame = parse_frame(b'{"publish":{"channels":["a"],"data":[1,\n2],"key":"k"},"ref":[ 1 ]}', SETTINGS)
+    assert frame.publication == Publication(("a",), b"[1, 2]", "k")
+    assert msgspec.json.encode(frame.ref) == b'{"ref":[ 1 ]}'
+    assert frame.error is None
+
+
+@pytest.mark.parametrize(
+    ("text", "detail"),
+    [
+        ("{}", "a frame is one of subscribe, unsubscribe and publish"),
+        ('{"subscribe":["a"],"unsubscribe":["a"]}', "a frame is one of subscribe, unsubscribe and publish"),
+        ('{"subscribe":["a"],"publish":{"channels":["a"],"data":1}}', "a frame is one of subscribe, unsubscribe and "),
+        ('{"subscribe":"a"}', "subscribe is an array of channels"),
+        ('{"subscribe":null}', "subscribe is an array of channels"),
+        ('{"unsubscribe":{}}', "unsubscribe is an array of channels"),
+        ('{"subscribe":[]}', "a poll names at least one channel"),
+        ('{"subscribe":[1.5]}', "subscribe is an array of channels"),
+        ('{"subscribe":[0]}', "an integer channel lies between 1 and"),
+        ('{"subscribe":["."]}', "a channel's name is not empty"),
+        ('{"subscribe":["a"],"start":null}', "start is an id between 0 and"),
+        ('{"subscribe":["a"],"start":"5"}', "start is an id between 0 and"),
+        ('{"subscribe":["a"],"start":1e15}', "start is an id between 0 and"),
+        ('{"subscribe":["a"],"start":-1}', "start is an id between 0 and"),
+        ('{"unsubscribe":["a"],"start":1}', "start belongs to subscribe, not to unsubscribe"),
+        ('{"publish":{"channels":["a"],"data":1},"start":1}', "start belongs to subscribe, not to publish"),
+        ('{"publish":1}', "the publication is not a JSON object"),
+        ('{"publish":{"channels":["a"]}}', "data is missing"),
+        ('{"publish":{"channels":["a"],"data":1,"x":1}}', "'x' is not a parameter of a publication"),
+        ('{"publish":{"channels":["a"],"data":1},"key":"k"}', "'key' is not a parameter of a frame"),
+        (r'{"publish":{"channels":["a"],"data":"\ud800"}}', "one half of a surrogate pair"),
+        (r'{"subscribe":["\udc00"]}', "one half of a surrogate pair"),
+    ],
+)
+def test_a_wrong_frame_keeps_its_ref(text: str, detail: str) -> None:
+    """What is wrong is in the frame, so that it can be told with the ref, wherever that is."""
+    for more in ('"ref":{"n": 1}}', '"ref":{"n": 1} }'):
+        comma = "" if text == "{}" else ","
+        frame = parse_frame((text[:-1] + comma + more).encode(), SETTINGS)
+        assert frame.error is not None
+        assert detail in frame.error.detail
+        assert json.loads(msgspec.json.encode(frame.ref)) == {"ref": {"n": 1}}
+        assert (frame.subscribe, frame.unsubscribe, frame.publication) == ((), (), None)
+    assert parse_frame(text.encode(), SETTINGS).ref == {}
+
+
+def test_a_ref_that_cannot_come_back() -> None:
+    """Half a surrogate pair is no JSON that anybody could be sent."""
+    frame = parse_frame(rb'{"subscribe":["a"],"ref":"\ud800"}', SETTINGS)
+    assert frame.error is not None
+    assert frame.ref == {}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", " ", "x", "[]", "1", "null", '"a"', "{", "{} {}", "\ufeff{}", '{"ref":NaN}', '{"ref":1,}', "{'ref':1}"),
+        *('{"ref":' + "[" * 100_000, "[" * 100_000, '{"ref":"\x00"}'),
+    ],
+    ids=lambda text: text[:10] or "empty",
+)
+def test_what_is_no_frame_at_all(text: str) -> None:
+    """Nobody can say whom to tell."""
+    with pytest.raises(InvalidRequest):
+        parse_frame(text.encode(), SETTINGS)
+
+
+@given(st.binary(max_size=60) | st.text(alphabet='{}[]":,\\ud8aefrsubcib01', max_size=60).map(str.encode))
+def test_any_bytes_are_a_frame_or_refused(text: bytes) -> None:
+    """No other error ever."""
+    try:
+        frame = parse_frame(text, SETTINGS)
+    except InvalidRequest:
+        return
+    assert frame.error is not None or frame.subscribe or frame.unsubscribe or frame.publication
+    msgspec.json.encode(frame.ref)
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(st.characters(exclude_categories=["Cs"])),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), inner),
+    )
+)
+def test_any_value_is_a_ref(value: Any) -> None:
+    """It comes back as the same value, from right frames and wrong ones."""
+    bodies: list[dict[str, Any]] = [{"subscribe": ["a"]}, {"subscribe": []}, {"x": 1}]
+    for body in bodies:
+        frame = parse_frame(json.dumps({**body, "ref": value}).encode(), SETTINGS)
+        assert json.loads(msgspec.json.encode(frame.ref)) == {"ref": value}
