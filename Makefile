@@ -27,7 +27,7 @@ cluster: $(VENV)/.dev
 	$(BIN)/python -m cluster up --nodes 4 --example $(ARGS)
 
 test: $(VENV)/.dev
-	tests/install-debian.sh chromium chromium-driver haproxy openssl redis-server
+	tests/install-debian.sh chromium chromium-driver curl haproxy openssl redis-server
 	$(BIN)/python -m pytest $(ARGS)
 
 check: $(VENV)/.dev

@@ -17,7 +17,7 @@ SEE_S: Final = 20.0
 ASK_S: Final = 5.0
 
 SOCKET: Final = "haproxy.sock"
-PATHS: Final = "^(/realms/[^/]+)?/(poll|events|ws)$"
+PATHS: Final = "^((/realms/[^/]+)?/(poll|events|stream|ws)|/pushup[.]js)$"
 HTTP_NODES: Final = "nodes"
 TCP_NODES: Final = "nodes-tcp"
 

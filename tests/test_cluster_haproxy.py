@@ -39,7 +39,7 @@ def test_browsers_reach_polls_and_the_example() -> None:
     """Exactly three paths go to the nodes, everything else to the application."""
     frontend = section(render(8000, 8001, NODES, 8002, 120, 20_000), "frontend public")
 
-    polls = "acl polls path_reg ^(/realms/[^/]+)?/(poll|events|ws)$"
+    polls = "acl polls path_reg ^((/realms/[^/]+)?/(poll|events|stream|ws)|/pushup[.]js)$"
     assert frontend.index(polls) < frontend.index("use_backend nodes if polls")
     assert "bind 127.0.0.1:8000" in frontend
     assert "default_backend example" in frontend
