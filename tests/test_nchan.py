@@ -104,6 +104,11 @@ def test_who_has_no_message_id(text: str, start: int) -> None:
     assert parse_wanted(["a"], text, {}, Settings()).start == start
 
 
+def test_an_id_in_the_url_is_decoded() -> None:
+    """The client encodes it, and one of Nchan's own has a colon."""
+    assert parse_wanted(["a"], "last_event_id=1795434016%3A0%2C%5B1%5D", {}, Settings()).start == 1795434016 * SECOND
+
+
 def test_a_message_id_wins_over_where_to_begin() -> None:
     """The URL stays the same for ever."""
     assert parse_wanted(["a"], f"start=latest&last_event_id={C}", {}, Settings()).start == C
@@ -441,7 +446,9 @@ async def test_a_token_is_needed_where_polls_need_one(access: str) -> None:
 async def test_another_realm(access: str) -> None:
     """By its prefix."""
     async with mounted(access=access) as server, connected(server) as client:
-        await server.service.realms["open"].node.publish(Publication(("a/b", "c"), b"7"))
+        node = server.service.realms["open"].node
+        await node.publish(Publication(("realms", "open", "sub", "a", "b"), b"1"))
+        await node.publish(Publication(("a/b", "c"), b"7"))
         for target in ("/realms/open/sub/c", "/realms/open/sub/a%2Fb", "/realms/open/sub?id=c"):
             assert (await get(client, target)).body == b"7"
 
@@ -468,6 +475,39 @@ async def test_no_more_subscribers_than_a_token_may_have(access: str) -> None:
     assert (poll.status, poll.headers["retry-after"]) == (429, "1")
     assert (events.status, events.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
     assert re.fullmatch(rb"retry: [2-4][0-9]{3}\n\n:429: 429 Too Many Requests\n\n", events.body)
+
+
+async def test_a_token_has_its_place_again_when_a_poll_is_over(access: str) -> None:
+    """However it ended."""
+    target = f"/sub/news?token={token('news')}"
+    async with mounted(access=access, polls_per_token_max=1, poll_timeout=0.1) as server, connected(server) as client:
+        for _ in range(3):
+            assert (await get(client, target)).status == 200
+
+
+async def test_a_stream_ends_with_the_rights_to_it(access: str, tmp_path: Path) -> None:
+    """Not only with the token's time: what it was signed with is no longer good."""
+    async with mounted(access=access, heartbeat=0.1) as server, connected(server) as client:
+        await events(client, f"/sub/news?token={token('news')}")
+        (tmp_path / "secret").write_bytes(SECRET[::-1])
+        server.reload()
+        said = [await chunk(client)]
+        while said[-1]:
+            said.append(await chunk(client))
+
+    assert said[-2] == ":401: 401 Unauthorized\n\n"
+
+
+@pytest.mark.parametrize(("proxies", "status"), [("127.0.0.0/8", 429), ("192.0.2.1", 200)])
+async def test_a_client_behind_a_proxy_has_its_own_limit(proxies: str, status: int) -> None:
+    """Where the proxy is one that is believed."""
+    flags = {"trusted_proxies": proxies, "connections_per_address_max": 3, "poll_timeout": 0.1}
+    async with mounted(**flags) as server, connected(server) as client:
+        for _ in range(3):
+            server.service.clients.enter("198.51.100.7")
+        reply = await get(client, "/sub/news", X_Forwarded_For="198.51.100.7")
+
+    assert reply.status == status
 
 
 async def test_pages_of_other_origins() -> None:
@@ -690,3 +730,38 @@ async def test_nobody_holds_a_node_up_that_stops() -> None:
         await parked(server, 2)
         async with asyncio.timeout(PATIENCE_S):
             await server.stop(0)
+
+
+async def test_a_socket_is_pinged_and_costs_no_compressor() -> None:
+    """A client that is gone without a word is noticed; and no client gets a quarter of a megabyte."""
+    async with mounted(heartbeat=0.1) as server:
+        async with socket(server, "/sub/news", META, autoping=False, compress=15) as connection:
+            message = await connection.receive(timeout=PATIENCE_S)
+            assert (message.type, connection.compress) == (aiohttp.WSMsgType.PING, 0)
+            message = await connection.receive(timeout=PATIENCE_S)
+            assert message.type in (aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSED)
+        await parked(server, 0)
+
+
+async def test_a_subscriber_sends_little() -> None:
+    """A frame that is too long ends the connection."""
+    async with mounted() as server, socket(server, "/sub/news", META) as connection:
+        await connection.send_str("x" * 5000)
+        message = await connection.receive(timeout=PATIENCE_S)
+
+    assert (message.type, message.data) == (aiohttp.WSMsgType.CLOSE, 1009)
+
+
+async def test_a_socket_that_fails_is_closed(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Its client comes back; one that was left open would hear nothing any more, and nobody would know."""
+
+    def fail(message: Message, *, meta: bool) -> str:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("pushup.nchan.show_frame", fail)
+    async with mounted() as server, socket(server, "/sub/news", META) as connection:
+        await publish(server, "news", b"1")
+        message = await connection.receive(timeout=PATIENCE_S)
+
+    assert (message.type, message.data) == (aiohttp.WSMsgType.CLOSE, 1011)
+    assert "a subscriber's WebSocket failed" in caplog.text
