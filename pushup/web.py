@@ -220,6 +220,8 @@ def make_app(service: Service) -> web.Application:
         except web.RequestPayloadError:
             response = refuse(InvalidRequest(_NO_HTTP))
             response.force_close()
+        except ConnectionError:
+            raise  # The client is gone in the middle of its answer, which is no failure here.
         except Exception:
             log.exception("a request failed", extra={"method": request.method, "path": request.path})
             response = refuse(PushUpError(_FAILED))
