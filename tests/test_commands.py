@@ -725,3 +725,68 @@ def post(node: Process, path: str, body: Any) -> None:
     connection.request("POST", path, json.dumps(body))
     assert connection.getresponse().status == 200
     connection.close()
+
+
+# The load test from the command line
+
+
+def test_bench(node: Process) -> None:
+    """A report for people or for programs on standard output, and nothing else there."""
+    arguments = ["bench", "--pollers", "4", "--channels", "2", "--rate", "50", "--for", "0.2"]
+
+    status, text, _ = run(node, *arguments)
+    told = json.loads(run(node, *arguments, "--json")[1])
+
+    assert status == 0
+    assert text.startswith("4 pollers on 2 channels, 50 publications/s of 100 bytes for 0.2 s, http://127.0.0.1:")
+    assert (told["acknowledged"], told["deliveries"], told["kept"]) == (10, 20, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--url", "http://192.0.2.1"], "192.0.2.1 is not this machine: "),
+        (["--pollers", "1"], "10 channels are more than 1 pollers"),
+    ],
+)
+def test_bench_refuses(node: Process, arguments: list[str], sentence: str) -> None:
+    """What it should not do is wrong usage, told before anything is done."""
+    status, output, errors = run(node, "bench", *arguments)
+
+    assert (status, output) == (2, "")
+    assert errors.startswith(f"pushup: {sentence}")
+
+
+def test_bench_shows_its_progress(node: Process) -> None:
+    """On a terminal a bar, which is wiped before the report."""
+    words, variables = command(node, "bench", "--pollers", "2", "--channels", "1", "--for", "1")
+    terminal, end = os.openpty()
+    done = subprocess.run(
+        words, env=variables, stdout=subprocess.PIPE, stderr=end, text=True, timeout=PATIENCE_S, check=False
+    )
+    os.close(end)
+    shown = os.read(terminal, 65536).decode()
+    os.close(terminal)
+
+    assert done.returncode == 0
+    assert "publishing [" in shown
+    assert "s left" in shown
+    assert shown.partition("pushup: ")[0].endswith("\r\x1b[K")
+    assert "publishing [" not in done.stdout
+
+
+def test_ctrl_c_of_a_bench(node: Process) -> None:
+    """Ends it with 130, and its channels are closed."""
+
+    def channels() -> list[Any]:
+        listed = node.get("/channels?after=bench.&limit=20")[1]["channels"]
+        return [one["channel"] for one in listed if str(one["channel"]).startswith("bench.")]
+
+    words, variables = command(node, "bench", "--for", "60")
+    with subprocess.Popen(words, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as bench:
+        wait_until(channels)
+        bench.send_signal(signal.SIGINT)
+
+        assert bench.wait(PATIENCE_S) == 130
+        assert bench.communicate() == (b"", b"")
+    assert channels() == []
