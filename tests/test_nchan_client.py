@@ -83,7 +83,15 @@ def _fetch(directory: Path) -> None:
     npm = shutil.which("npm")
     if npm is None:
         pytest.skip(f"Nchan's client is not here: NCHAN_JS names no folder with {SCRIPT}, and there is no npm")
-    command = [npm, "pack", f"nchan@{VERSION}", "--silent", "--fetch-retries=0", "--pack-destination", str(directory)]
+    command = [
+        npm,
+        "pack",
+        f"nchan@{VERSION}",
+        "--loglevel=error",
+        "--fetch-retries=0",
+        "--pack-destination",
+        str(directory),
+    ]
     try:
         done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=60, check=False)
     except subprocess.TimeoutExpired:
