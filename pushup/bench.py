@@ -440,9 +440,11 @@ class _Run:
 
     async def _work(self, created: list[_Channel]) -> Report:
         for channel in self._channels:
-            if not await self._create(channel):
-                break
+            # Before it is certain: who is interrupted now closes it all the same.
             created.append(channel)
+            if not await self._create(channel):
+                created.clear()
+                break
         await self._connect_all()
         await asyncio.sleep(SETTLE_S)
         sampling = self.spawn(self._sample())
