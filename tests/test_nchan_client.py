@@ -97,7 +97,9 @@ def _fetch(directory: Path) -> None:
     except subprocess.TimeoutExpired:
         pytest.skip(f"Nchan's client is not here: npm did not fetch nchan@{VERSION} within a minute")
     if done.returncode:
-        pytest.skip(f"Nchan's client is not here: npm cannot fetch nchan@{VERSION}: {done.stderr.strip()[-200:]}")
+        pytest.skip(
+            f"Nchan's client is not here: npm cannot fetch nchan@{VERSION}: {' '.join(done.stderr.split())[:200]}"
+        )
     with tarfile.open(directory / done.stdout.split()[-1]) as package:
         script = package.extractfile(f"package/{SCRIPT}")
         assert script is not None
