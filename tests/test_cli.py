@@ -238,8 +238,11 @@ def test_the_status_of_an_error(error: PushUpError, status: int, capsys: pytest.
 
 
 @pytest.mark.parametrize("broker", ["memory://", "redis://127.0.0.1:1"])
-def test_nodes_that_cannot_be_asked(broker: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nodes_that_cannot_be_asked(
+    broker: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Are unavailable."""
+    monkeypatch.setattr("pushup.logs.configure", lambda level, form: None)
     arguments = ["--broker", broker, "--admin-listen", "127.0.0.1:1", "--broker-timeout", "0.2"]
 
     assert main(["nodes", *arguments]) == 4

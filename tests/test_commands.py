@@ -540,6 +540,7 @@ def test_a_closed_channel(node: Process, channel: str) -> None:
     with listening(node, channel, "--start", "0") as one, listening(node, channel, "--start", "0", "--json") as two:
         one.message()
         two.message()
+        wait_for_parked(node, 2)
         assert node.delete(f"/channels/{channel}") == 204
 
         assert one.notice("pushup: closed") == f"pushup: closed: {channel}"
