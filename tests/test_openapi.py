@@ -68,6 +68,10 @@ api = schemathesis.openapi.from_dict(
 SCHEMAS: Final[dict[str, Any]] = DOCUMENT["components"]["schemas"]
 
 
+STREAMS: Final = ("/events", "/stream", "/ws")
+"""Answers to right requests that never end by themselves."""
+
+
 def operations() -> Iterator[tuple[str, str, dict[str, Any]]]:
     for path, item in DOCUMENT["paths"].items():
         for method in item.keys() & {"get", "put", "post", "delete", "options", "head", "patch", "trace"}:
@@ -225,6 +229,10 @@ def test_limits_are_the_defaults() -> None:
     poll = DOCUMENT["paths"]["/poll"]["get"]["parameters"]
     assert f"More than {default.poll_timeout_max:g} is cut" in poll[3]["description"]
     assert f"by up to {default.poll_jitter:.0%}".replace("%", " %") in poll[3]["description"]
+    for stream in STREAMS:
+        said = DOCUMENT["paths"][stream]["get"]["description"]
+        assert f"every {default.heartbeat:g} seconds" in said
+        assert f"cut off after {default.write_timeout:g} seconds" in said
     publish = DOCUMENT["paths"]["/publish"]["post"]["description"]
     assert f"within {default.idempotency_window:g} seconds" in publish
 
@@ -246,8 +254,16 @@ async def test_every_request_example_works() -> None:
         statuses = []
         for path, method, operation in sorted(operations(), key=lambda found: found[1] == "delete"):
             target = path.replace("{channel}", "news")
-            query = {parameter["name"]: examples(parameter)[0] for parameter in operation.get("parameters", ())}
-            if method == "get" and query:
+            if path == "/ws":
+                continue  # Only a handshake is right there.
+            # A stream has no end; its answer to HEAD has.
+            method = "head" if path in STREAMS else method
+            query = {
+                parameter["name"]: examples(parameter)[0]
+                for parameter in operation.get("parameters", ())
+                if parameter["in"] == "query"
+            }
+            if method in ("get", "head") and query:
                 target += f"?{urlencode(query, doseq=True)}"
             bodies = operation.get("requestBody", {"content": {"application/json": {}}})["content"]["application/json"]
             for body in examples(bodies) or [None]:
@@ -297,7 +313,7 @@ def has_float(value: Any) -> bool:
     return isinstance(value, float) or (isinstance(value, list) and any(has_float(item) for item in value))
 
 
-@api.parametrize()
+@api.exclude(path_regex=f"^({'|'.join(STREAMS)})$").parametrize()
 @settings(derandomize=True, max_examples=40, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 def test_the_server_does_what_the_description_says(case: schemathesis.Case[Any], process: Process) -> None:
     """Requests made from the description, right and wrong ones, are answered as it says."""
@@ -333,9 +349,34 @@ def test_the_corpus_is_answered_as_the_description_says() -> None:
         assert process.end(signal.SIGTERM) == (0, "")
 
 
+@pytest.mark.parametrize("path", ["/events", "/stream"])
+async def test_streams_refuse_what_polls_refuse(path: str) -> None:
+    """With the same status and code, which are documented; what a poll may ask for begins a stream."""
+    taken = refused = 0
+    documented = DOCUMENT["paths"][path]["get"]["responses"]
+    async with running(poll_timeout_max=0.01, poll_timeout=0.01) as server:
+        for kept in corpus():
+            if kept["path"] != "/poll" or kept["method"].lower() != "get":
+                continue
+            asked = {name: value for name, value in kept.get("query", {}).items() if name not in ("end", "timeout")}
+            query = urlencode(asked, doseq=True)
+            async with connected(server) as client:
+                poll = await client.get(f"/poll?{query}")
+                if poll.status == 200:
+                    assert (await client.request("HEAD", f"{path}?{query}")).status == 200
+                    taken += 1
+                else:
+                    reply = await client.get(f"{path}?{query}")
+                    assert (reply.status, reply.json) == (poll.status, poll.json)
+                    assert str(reply.status) in documented
+                    refused += 1
+    assert taken > 1
+    assert refused > 3
+
+
 WITH_INPUT: Final = {
     result.ok().label: result.ok()
-    for result in api.get_all_operations()
+    for result in api.exclude(path_regex=f"^({'|'.join(STREAMS)})$").get_all_operations()
     if isinstance(result, Ok) and (result.ok().query or result.ok().body)
 }
 WRONG_REQUESTS: Final = 40
