@@ -121,7 +121,7 @@ def welcome(cluster: Cluster, state: Path) -> str:
     lines = [
         f"{count} node{'s' if count > 1 else ''}, Redis {cluster.store}, HAProxy; state and logs in {state}",
         "",
-        f"  for browsers    http://{cluster.public}    /poll, /events and /ws of the nodes{example}",
+        f"  for browsers    http://{cluster.public}    /poll, /events, /stream, /ws of the nodes{example}",
         f"  for back ends   http://{cluster.tcp}    the nodes' whole API, in turns",
         f"  for publishers  {cluster.broker}",
         *[f"  {node.name:15} http://{node.address}    admin http://{node.admin_address}" for node in cluster.nodes],

@@ -109,7 +109,7 @@ backend example
 """
 
 NO_EXAMPLE: Final = (
-    "HAProxy sends /poll, /events and /ws to the nodes. There is nothing else here: this cluster was started without "
+    "HAProxy sends polls and streams to the nodes. There is nothing else here: this cluster was started without "
     "--example. The nodes' whole API, publishing included, is at http://{host}:{tcp}"
 )
 

@@ -105,7 +105,7 @@ class Cluster:
 
     @property
     def public(self) -> str:
-        """HOST:PORT of HAProxy's HTTP frontend: /poll, /events and /ws to nodes, the rest to the example."""
+        """HOST:PORT of HAProxy's HTTP frontend: polls, streams and /pushup.js to nodes, the rest to the example."""
         return f"{HOST}:{self._file.read().public}"
 
     @property

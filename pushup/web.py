@@ -185,7 +185,9 @@ class WebConnection(web.RequestHandler):
     ) -> web.StreamResponse:
         """A problem document for what never reached a handler, and the end of the connection."""
         error: PushUpError
-        if status >= 500 and not isinstance(exc, UnicodeEncodeError):  # That is aiohttp's echo of an odd Expect header.
+        if isinstance(exc, ConnectionError):
+            error = InvalidRequest("the client is gone")  # Nobody reads this.
+        elif status >= 500 and not isinstance(exc, UnicodeEncodeError):  # That is aiohttp's echo of an odd Expect.
             log.error("a request failed", exc_info=exc)
             error = PushUpError(_FAILED)
         else:

@@ -115,7 +115,7 @@ def blocks(page: Path) -> dict[str, str]:
 
 def use(recipe: str, folder: Path, url: str) -> dict[str, Any]:
     """Do in the framework's test client what users do; what came of it."""
-    environment = {"PUSHUP_URL": url, "PUSHUP_KEY": KEY, "PUSHUP_SECRET": SECRET, "SECRET_KEY": "x"}
+    environment = {"PUSH_URL": url, "PUSH_KEY": KEY, "PUSH_SECRET": SECRET, "SECRET_KEY": "x"}
     done = subprocess.run(
         [sys.executable, "-c", HEAD + DRIVERS[recipe]],
         cwd=folder,
