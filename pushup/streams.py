@@ -227,7 +227,7 @@ class Socket:
         self._socket = web.WebSocketResponse(
             timeout=GOODBYE_S,
             heartbeat=settings.heartbeat,
-            compress=False,  # It would take a quarter of a megabyte for each client.
+            compress=False,  # Browsers offer it; a connection would take five times the memory.
             max_msg_size=settings.body_bytes_max,
             writer_limit=0,
         )

@@ -1029,6 +1029,27 @@ async def test_a_client_that_does_not_read_is_bounded_and_cut(sockets: list[sock
         await nothing_is_left(server)
 
 
+async def test_an_answer_that_waits_for_a_slow_client_is_not_lost() -> None:
+    """Its subscription is changed while the answer could not be written yet: so its cursor had not moved."""
+    async with running(heartbeat=NEVER_S, write_buffer_bytes_max=4096) as server, joined(server) as peer:
+        await peer.subscribe("a", "b", start="latest")
+        await peer.subscribe("c", start="latest")
+        ids: list[int] = []
+        while not server._lanes._unread_bytes:
+            ids.append(await publish(server, "c", data="x" * 60_000))
+            await asyncio.sleep(0)
+        held = await publish(server, "a", "b", data=1)
+        await parked(server, 0)
+        peer.send({"unsubscribe": ["a"]})
+        await asyncio.sleep(0.1)
+        frames: list[Any] = []
+        while not frames or frames[-1].get("for") != ["b"]:
+            frames.append(await peer.take())
+        assert {"unsubscribed": ["a"]} in frames
+        seen = [(frame["for"], message["id"]) for frame in frames for message in frame.get("messages", ())]
+        assert seen == [*((["c"], id) for id in ids), (["b"], held)]
+
+
 async def test_answers_that_nobody_reads_hold_the_asker_up(sockets: list[socket.socket]) -> None:
     """A client that publishes and does not read what becomes of it is not read either, beyond a bound."""
     async with running(heartbeat=NEVER_S, write_timeout=NEVER_S) as server:
