@@ -3,13 +3,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= 3
 
 .PHONY: help run cluster test check format docs docs-serve chaos fuzz bench attack build clean
 
 help:
 	@echo "make run     a node on http://127.0.0.1:8080 with the demo page (ARGS='--help' shows the settings)"
 	@echo "make cluster four nodes over Redis behind HAProxy, with the example application; more by python -m cluster"
-	@echo "make test    all tests, after installing what they need"
+	@echo "make test    all tests, after installing what they need (WORKERS=1: one after the other)"
 	@echo "make check   types, lint, format"
 	@echo "make format  put the code into its form"
 	@echo "make docs    the documentation site, in site/ (make docs-serve: at http://127.0.0.1:8000, anew with every change)"
@@ -28,7 +29,7 @@ cluster: $(VENV)/.dev
 
 test: $(VENV)/.dev
 	tests/install-debian.sh chromium chromium-driver curl haproxy openssl redis-server
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -18,13 +18,13 @@ from socket import SO_LINGER, SOL_SOCKET
 from time import time
 from typing import Final, NamedTuple, Protocol, cast
 
-from pushup.clients import Client, parse_proxy_header
 from pushup.errors import PROBLEM_TYPE, HeadTooLarge, InvalidRequest, OriginNotAllowed, PushUpError, TokenExpired
 from pushup.head import Head, Way, is_malformed, parse_head
 from pushup.hub import Subscription
 from pushup.messages import Answer, Poll
 from pushup.node import Node
 from pushup.origins import NOT_ALLOWED
+from pushup.peers import Peer, parse_proxy_header
 from pushup.realm import Realm
 from pushup.sender import NOBODY, Sender
 from pushup.service import Seat, Service
@@ -207,13 +207,13 @@ class Lanes:
         else:
             connection.abort()
 
-    def warn_of(self, client: Client) -> None:
+    def warn_of(self, peer: Peer) -> None:
         """Say that an address has too many connections, now and then."""
         now = self.loop.time()
         if now >= self._warn_again:
             self._warn_again = now + WARNING_PAUSE_S
             log.warning(
-                "too many connections; if this is a proxy, name it in trusted_proxies", extra={"address": client.key}
+                "too many connections; if this is a proxy, name it in trusted_proxies", extra={"address": peer.key}
             )
 
     def leaves_unread(self, connection: "Lane | WebConnection", size: int) -> None:
@@ -273,10 +273,10 @@ class Lane(asyncio.Protocol):
         "_answered",
         "_body_left",
         "_buffer",
-        "_client",
         "_how",
         "_lanes",
         "_node",
+        "_peer",
         "_seat",
         "_sender",
         "_since",
@@ -292,7 +292,7 @@ class Lane(asyncio.Protocol):
         self._state = READING
         self._buffer = b""
         """What came and was not looked at yet."""
-        self._client: Client | None = None
+        self._peer: Peer | None = None
         """Whose connection is counted; None if it is a trusted proxy's."""
         self._how = 0
         self._sender = NOBODY
@@ -432,9 +432,9 @@ class Lane(asyncio.Protocol):
     def forget_client(self) -> None:
         """The connection is closed, whoever has it."""
         self._lanes.metrics.connections_closed += 1
-        if self._client is not None:
-            self._lanes.service.clients.leave(self._client)
-            self._client = None
+        if self._peer is not None:
+            self._lanes.service.peers.leave(self._peer)
+            self._peer = None
 
     # Called by the node
 
@@ -536,12 +536,12 @@ class Lane(asyncio.Protocol):
 
     def _enter(self, host: str) -> None:
         """Count the connection as this client's."""
-        clients = self._lanes.service.clients
-        self._client = clients.enter(host)
-        if clients.is_flooding(self._client):
+        peers = self._lanes.service.peers
+        self._peer = peers.enter(host)
+        if peers.is_flooding(self._peer):
             self._lanes.cut(self, "flood")
-        elif clients.is_over(self._client):
-            self._lanes.warn_of(self._client)
+        elif peers.is_over(self._peer):
+            self._lanes.warn_of(self._peer)
             self._state = REFUSED
             self._since = self._lanes.loop.time()
 
@@ -565,8 +565,8 @@ class Lane(asyncio.Protocol):
             self.data_received(rest)
 
     def _refuse(self) -> None:
-        assert self._client is not None
-        self._write_error(self._lanes.service.clients.refusal(self._client))
+        assert self._peer is not None
+        self._write_error(self._lanes.service.peers.refusal(self._peer))
 
     def _poll(self, head: Head, request: bytes, end: int) -> None:
         lanes = self._lanes
@@ -607,7 +607,7 @@ class Lane(asyncio.Protocol):
         lanes = self._lanes
         realm, poll, token = asked
         sender = self._sender
-        grant = client = None
+        grant = peer = None
         most = inf
         if not realm.open_to_read:
             now = time()
@@ -623,25 +623,25 @@ class Lane(asyncio.Protocol):
                 return
             most = grant.expires - now
         lanes.metrics.requests_lane += 1
-        if sender.forwarded is not None and self._client is None and not lanes.settings.proxy_protocol:
-            clients = lanes.service.clients
-            client = clients.enter(sender.forwarded)
-            if clients.is_over(client):
-                lanes.warn_of(client)
-                clients.leave(client)
-                self._write_error(clients.refusal(client))
+        if sender.forwarded is not None and self._peer is None and not lanes.settings.proxy_protocol:
+            peers = lanes.service.peers
+            peer = peers.enter(sender.forwarded)
+            if peers.is_over(peer):
+                lanes.warn_of(peer)
+                peers.leave(peer)
+                self._write_error(peers.refusal(peer))
                 return
         result = realm.node.poll(poll, self, most)
         if isinstance(result, Answer):
-            if client is not None:
-                lanes.service.clients.leave(client)
+            if peer is not None:
+                lanes.service.peers.leave(peer)
             self._write_answer(result)
             return
         self._node = realm.node
         self._subscription = result
         self._state = PARKED
-        if grant is not None or client is not None:
-            self._seat = Seat(lanes.service.clients, grant, client)
+        if grant is not None or peer is not None:
+            self._seat = Seat(lanes.service.peers, grant, peer)
         if self._web is not None:
             self._web.release()
             self._web = None

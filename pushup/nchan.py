@@ -9,10 +9,8 @@ import logging
 import random
 import re
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from email.utils import parsedate_to_datetime
-from time import time
 from typing import Final, NamedTuple
 from urllib.parse import unquote
 
@@ -31,10 +29,21 @@ from pushup.errors import (
 )
 from pushup.messages import LATEST, MAX_ID, SECOND, Answer, Message, Poll, show_channel
 from pushup.realm import Realm
-from pushup.service import Seat, Service
+from pushup.service import Service
 from pushup.settings import Settings
-from pushup.streams import GOODBYE_S, HEADERS, RETRY_MS, TOKEN_REFUSED, Follower, ask, stream
-from pushup.web import SENDER
+from pushup.streams import (
+    GOODBYE_S,
+    GUESTS,
+    HEADERS,
+    RETRY_MS,
+    SENDER,
+    TOKEN_REFUSED,
+    Follower,
+    Guests,
+    ask,
+    reader,
+    stream,
+)
 from pushup.wire import TOKEN, find_token, parse_segment
 
 log = logging.getLogger("pushup.nchan")
@@ -66,7 +75,7 @@ class Wanted(NamedTuple):
 
 def add_nchan(app: web.Application, service: Service, path: str) -> None:
     """Serve subscribers below `path` in every realm, in an application that `make_app` made."""
-    mount = _Mount(service, path)
+    mount = _Mount(service, app[GUESTS], path)
     for realm in ("", "/realms/{realm:[^/]+}"):
         app.router.add_get(f"{realm}{path}", mount.subscribe)
         app.router.add_get(f"{realm}{path}/{{channels:.*}}", mount.subscribe)
@@ -222,8 +231,9 @@ class Events:
 class _Mount:
     """The handlers."""
 
-    def __init__(self, service: Service, path: str) -> None:
+    def __init__(self, service: Service, guests: Guests, path: str) -> None:
         self._service = service
+        self._guests = guests
         self._segments = path.count("/")
         self._below = re.compile(rf"(/realms/[^/]+)?{re.escape(path)}(/|\Z)")
 
@@ -235,9 +245,7 @@ class _Mount:
         is_socket = request.headers.get("Upgrade", "").lower() == "websocket"
         is_stream = not is_socket and "text/event-stream" in request.headers.get("Accept", "").lower()
 
-        async def meet() -> Grant | None:
-            return None if realm.open_to_read else await realm.meet(sender, token, time())
-
+        meet = reader(realm, sender, token)
         try:
             grant = await meet()
             skipped = 1 + self._segments + (2 if "realm" in request.match_info else 0)
@@ -245,12 +253,12 @@ class _Mount:
             if grant is not None:
                 realm.admit(grant, wanted.channels)
             follower = Follower(realm, grant, wanted.channels, wanted.start, meet)
-            with self._seated(request, grant):
+            with self._guests.seat(request, sender, grant):
                 if is_socket:
-                    with self._counted("websocket"):
+                    with self._guests.stream("websocket"):
                         return await _serve_socket(request, realm, follower)
                 if is_stream:
-                    with self._counted("text/event-stream"):
+                    with self._guests.stream("text/event-stream"):
                         return await stream(request, follower, Events())
                 return await _serve_poll(request, realm, grant, wanted)
         except (TooMany, Unavailable) as error:
@@ -268,36 +276,6 @@ class _Mount:
             for name, more in (("Access-Control-Allow-Headers", ASKED), ("Access-Control-Expose-Headers", TOLD)):
                 if name in response.headers:
                     response.headers[name] += f", {more}"
-
-    @contextmanager
-    def _seated(self, request: web.Request, grant: Grant | None) -> Iterator[None]:
-        """Count the subscriber, while it is here, of its token and of the client that a proxy speaks for."""
-        clients = self._service.clients
-        forwarded = self._forwarded(request)
-        client = clients.enter(forwarded) if forwarded is not None else None
-        seat = Seat(clients, grant, client)
-        try:
-            if client is not None and clients.is_over(client):
-                raise clients.refusal(client)
-            yield
-        finally:
-            seat.leave()
-
-    @contextmanager
-    def _counted(self, kind: str) -> Iterator[None]:
-        streams = self._service.metrics.streams
-        streams[kind] += 1
-        try:
-            yield
-        finally:
-            streams[kind] -= 1
-
-    def _forwarded(self, request: web.Request) -> str | None:
-        forwarded = request[SENDER].forwarded
-        if forwarded is None or self._service.settings.proxy_protocol:
-            return None
-        peer = request.transport.get_extra_info("peername") if request.transport is not None else None
-        return forwarded if isinstance(peer, tuple) and peer[0] in self._service.proxies else None
 
 
 async def _serve_poll(request: web.Request, realm: Realm, grant: Grant | None, wanted: Wanted) -> web.Response:

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from typing import Final
 
-from pushup.clients import Networks, forwarded_for
 from pushup.origins import Origins
+from pushup.peers import Networks, forwarded_for
 
 _BEARER: Final = "bearer "
 _READ: Final = frozenset((b"authorization", b"cookie", b"host", b"origin", b"x-forwarded-for"))

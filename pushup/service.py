@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Mapping
 
 from pushup.access import Grant
-from pushup.clients import Client, Clients, Networks
 from pushup.metrics import Metrics
 from pushup.origins import Origins
+from pushup.peers import Networks, Peer, Peers
 from pushup.realm import Realm, refuse_stranger
 from pushup.sender import Sender, read_sender
 from pushup.settings import Settings
@@ -20,7 +20,7 @@ class Service:
         self.realms = realms
         self.origins = Origins(settings.cors_origins)
         self.proxies = Networks(settings.trusted_proxies)
-        self.clients = Clients(settings.connections_per_address_max)
+        self.peers = Peers(settings.connections_per_address_max)
         self.closing = False
         """Whether every answer is the last of its connection."""
 
@@ -44,12 +44,12 @@ class Service:
 class Seat:
     """What is counted of a poll while it waits: its token's polls, and its client if a proxy speaks for it."""
 
-    __slots__ = ("_client", "_clients", "_grant")
+    __slots__ = ("_grant", "_peer", "_peers")
 
-    def __init__(self, clients: Clients, grant: Grant | None, client: Client | None) -> None:
-        self._clients = clients
+    def __init__(self, peers: Peers, grant: Grant | None, peer: Peer | None) -> None:
+        self._peers = peers
         self._grant = grant
-        self._client = client
+        self._peer = peer
         if grant is not None and grant.holder is not None:
             grant.holder.parked += 1
 
@@ -57,8 +57,8 @@ class Seat:
         """The poll waits no longer."""
         if self._grant is not None and self._grant.holder is not None:
             self._grant.holder.parked -= 1
-        if self._client is not None:
-            self._clients.leave(self._client)
+        if self._peer is not None:
+            self._peers.leave(self._peer)
 
     def has_expired(self, now: float) -> bool:
         """Whether the poll's token has expired meanwhile. `now` in Unix seconds."""

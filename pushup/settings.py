@@ -16,10 +16,10 @@ import msgspec
 from msgspec import Meta
 
 from pushup.address import parse_address
-from pushup.clients import Networks
 from pushup.errors import SettingsError
 from pushup.messages import MAX_ID
 from pushup.origins import Origins
+from pushup.peers import Networks
 from pushup.redis_url import parse_servers
 
 ENV_PREFIX: Final = "PUSHUP_"

@@ -6,7 +6,8 @@ does not read holds its own loop up, and catches up from its cursor.
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from time import time
 from typing import Any, Final, Protocol
 
@@ -17,7 +18,8 @@ from pushup.access import Grant
 from pushup.errors import ChannelNotFound, InvalidRequest, PushUpError, TokenExpired, TooLarge, Unauthorized
 from pushup.messages import MAX_ID, Answer, Poll, is_integer, show_channel
 from pushup.realm import Realm
-from pushup.service import Seat
+from pushup.sender import Sender
+from pushup.service import Seat, Service
 from pushup.wire import Frame, parse_frame, show_receipt
 
 RETRY_MS: Final = (1000, 3000)
@@ -66,6 +68,75 @@ async def ask(realm: Realm, grant: Grant | None, poll: Poll) -> Answer:
         if grant is not None and grant.expires <= time():
             raise TokenExpired("the token expired while the poll waited")
     return answer
+
+
+class Guests:
+    """Whoever is served for a while: counted while it lasts, and sent away when the server stops."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._serving: set[asyncio.Task[Any]] = set()
+        self.sockets: set[Socket] = set()
+
+    @contextmanager
+    def seat(self, request: web.Request, sender: Sender, grant: Grant | None) -> Iterator[None]:
+        """Count a poll or stream of its token, and of the client a proxy speaks for. Raises TooManyConnections."""
+        peers = self._service.peers
+        forwarded = self._forwarded(request, sender)
+        peer = peers.enter(forwarded) if forwarded is not None else None
+        seat = Seat(peers, grant, peer)
+        try:
+            if peer is not None and peers.is_over(peer):
+                raise peers.refusal(peer)
+            yield
+        finally:
+            seat.leave()
+
+    @contextmanager
+    def stream(self, kind: str) -> Iterator[None]:
+        """Count a stream, of one of the kinds in `Metrics.streams`."""
+        streams = self._service.metrics.streams
+        task = asyncio.current_task()
+        assert task is not None
+        self._serving.add(task)
+        streams[kind] += 1
+        try:
+            yield
+        finally:
+            streams[kind] -= 1
+            self._serving.discard(task)
+
+    async def end(self, app: web.Application) -> None:
+        """The server stops: whoever reads is told so, nobody else is waited for."""
+        await asyncio.gather(*(realm.node.drain(0) for realm in self._service.realms.values()))
+        closing = [asyncio.create_task(socket.close()) for socket in self.sockets]
+        serving = [*closing, *self._serving]
+        if serving:
+            _, late = await asyncio.wait(serving, timeout=GOODBYE_S)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*serving, return_exceptions=True)
+
+    def _forwarded(self, request: web.Request, sender: Sender) -> str | None:
+        """The client that a trusted proxy speaks for, if the connection does not count as that client's already."""
+        if sender.forwarded is None or self._service.settings.proxy_protocol:
+            return None
+        address = request.transport.get_extra_info("peername") if request.transport is not None else None
+        return sender.forwarded if isinstance(address, tuple) and address[0] in self._service.proxies else None
+
+
+GUESTS: Final = web.AppKey("guests", Guests)
+SENDER: Final = web.RequestKey("sender", Sender)
+"""Under this name a request has its Sender."""
+
+
+def reader(realm: Realm, sender: Sender, token: str | None) -> Meet:
+    """Who reads a stream, asked again whenever it goes on."""
+
+    async def meet() -> Grant | None:
+        return None if realm.open_to_read else await realm.meet(sender, token, time())
+
+    return meet
 
 
 class Follower:

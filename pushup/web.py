@@ -8,8 +8,7 @@ import asyncio
 import hashlib
 import logging
 import random
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from importlib.resources import files
 from time import time
 from typing import Any, Final
@@ -24,9 +23,21 @@ from pushup.messages import Poll, Publication
 from pushup.origins import NOT_ALLOWED
 from pushup.problems import BODY_TOO_LARGE, problem_response, translate
 from pushup.realm import Realm
-from pushup.sender import Sender
 from pushup.service import Seat, Service
-from pushup.streams import GOODBYE_S, RETRY_MS, EventStream, Follower, Form, JsonLines, Meet, Socket, ask, stream
+from pushup.streams import (
+    GUESTS,
+    RETRY_MS,
+    SENDER,
+    EventStream,
+    Follower,
+    Form,
+    Guests,
+    JsonLines,
+    Socket,
+    ask,
+    reader,
+    stream,
+)
 from pushup.wire import (
     find_token,
     is_batch,
@@ -58,9 +69,6 @@ _LINGERING_S: Final = 2.0
 
 _VERSIONS: Final = (HttpVersion10, HttpVersion11)
 _SAFE: Final = frozenset(("GET", "HEAD", "OPTIONS"))
-
-SENDER: Final = web.RequestKey("sender", Sender)
-"""Under this name a request has its Sender."""
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -201,7 +209,8 @@ class WebConnection(web.RequestHandler):
 
 def make_app(service: Service) -> web.Application:
     """The application behind the public listener."""
-    api = _Api(service)
+    guests = Guests(service)
+    api = _Api(service, guests)
     metrics = service.metrics
 
     def refuse(error: PushUpError) -> web.Response:
@@ -258,7 +267,8 @@ def make_app(service: Service) -> web.Application:
 
     app = web.Application(middlewares=[say_errors, check_origin], client_max_size=service.settings.body_bytes_max)
     app.on_response_prepare.append(finish_headers)
-    app.on_shutdown.append(api.end_streams)
+    app[GUESTS] = guests
+    app.on_shutdown.append(guests.end)
     for realm in ("", "/realms/{realm:[^/]+}"):
         app.router.add_get(f"{realm}/poll", api.poll_query)
         app.router.add_post(f"{realm}/poll", api.poll_body)
@@ -290,11 +300,9 @@ def _is_last(request: web.BaseRequest) -> bool:
 class _Api:
     """The handlers. Each is what DESIGN.md says of its path."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, guests: Guests) -> None:
         self._service = service
-        self._sockets: set[Socket] = set()
-        self._streaming: set[asyncio.Task[Any]] = set()
-        """What serves them and all other streams."""
+        self._guests = guests
         self._openapi = files("pushup").joinpath("openapi.json").read_bytes()
         self._script = files("pushup").joinpath("js", "pushup.js").read_bytes()
         self._script_tag = ETag(hashlib.sha256(self._script).hexdigest()[:32])
@@ -319,7 +327,7 @@ class _Api:
     async def _poll(self, request: web.Request, realm: Realm, grant: Grant | None, poll: Poll) -> web.Response:
         if grant is not None:
             realm.admit(grant, poll.channels)
-        with self._seat(request, grant):
+        with self._guests.seat(request, request[SENDER], grant):
             answer = await ask(realm, grant, poll)
         return web.Response(body=answer.body, content_type="application/json")
 
@@ -345,8 +353,8 @@ class _Api:
         poll = parse_stream_query(query, last, realm.settings)
         if grant is not None:
             realm.admit(grant, poll.channels)
-        with self._seat(request, grant), self._counted(form.content_type):
-            meet = self._reader(realm, request[SENDER], find_token(query))
+        with self._guests.seat(request, request[SENDER], grant), self._guests.stream(form.content_type):
+            meet = reader(realm, request[SENDER], find_token(query))
             return await stream(request, Follower(realm, grant, poll.channels, poll.start, meet), form)
 
     async def socket(self, request: web.Request) -> web.StreamResponse:
@@ -355,68 +363,21 @@ class _Api:
         realm, _ = await self._let_in(request, token)
         parse_token_query(query)
         sender = request[SENDER]
-        clients = self._service.clients
+        peers = self._service.peers
         socket = Socket(
             realm,
-            reader=self._reader(realm, sender, token),
+            reader=reader(realm, sender, token),
             writer=lambda: realm.meet(sender, token, time()),
-            seat=lambda grant: Seat(clients, grant, None),
+            seat=lambda grant: Seat(peers, grant, None),
         )
         if not socket.can_serve(request):
             raise InvalidRequest("this path speaks WebSocket")
-        self._sockets.add(socket)
+        self._guests.sockets.add(socket)
         try:
-            with self._seat(request, None), self._counted("websocket"):
+            with self._guests.seat(request, sender, None), self._guests.stream("websocket"):
                 return await socket.run(request)
         finally:
-            self._sockets.discard(socket)
-
-    async def end_streams(self, app: web.Application) -> None:
-        """The server stops: whoever reads is told so, nobody else is waited for."""
-        await asyncio.gather(*(realm.node.drain(0) for realm in self._service.realms.values()))
-        closing = [asyncio.create_task(socket.close()) for socket in self._sockets]
-        streaming = [*closing, *self._streaming]
-        if streaming:
-            _, late = await asyncio.wait(streaming, timeout=GOODBYE_S)
-            for task in late:
-                task.cancel()
-            await asyncio.gather(*streaming, return_exceptions=True)
-
-    @staticmethod
-    def _reader(realm: Realm, sender: Sender, token: str | None) -> Meet:
-        """Who reads a stream, asked again whenever it goes on."""
-
-        async def meet() -> Grant | None:
-            return None if realm.open_to_read else await realm.meet(sender, token, time())
-
-        return meet
-
-    @contextmanager
-    def _counted(self, transport: str) -> Iterator[None]:
-        streams = self._service.metrics.streams
-        task = asyncio.current_task()
-        assert task is not None
-        self._streaming.add(task)
-        streams[transport] += 1
-        try:
-            yield
-        finally:
-            streams[transport] -= 1
-            self._streaming.discard(task)
-
-    @contextmanager
-    def _seat(self, request: web.Request, grant: Grant | None) -> Iterator[None]:
-        """Count a poll or a stream while it lasts. Raises TooManyConnections."""
-        clients = self._service.clients
-        forwarded = self._forwarded(request, request[SENDER])
-        client = clients.enter(forwarded) if forwarded is not None else None
-        seat = Seat(clients, grant, client)
-        try:
-            if client is not None and clients.is_over(client):
-                raise clients.refusal(client)
-            yield
-        finally:
-            seat.leave()
+            self._guests.sockets.discard(socket)
 
     async def publish(self, request: web.Request) -> web.Response:
         realm, grant = await self._enter(request)
@@ -500,13 +461,6 @@ class _Api:
         channel = parse_segment(request.rel_url.raw_parts[4 if "realm" in request.match_info else 2])
         grant.check("manage", [channel])
         return realm, channel
-
-    def _forwarded(self, request: web.Request, sender: Sender) -> str | None:
-        """The client that a trusted proxy speaks for, if the connection does not count as that client's already."""
-        if sender.forwarded is None or self._service.settings.proxy_protocol:
-            return None
-        peer = request.transport.get_extra_info("peername") if request.transport is not None else None
-        return sender.forwarded if isinstance(peer, tuple) and peer[0] in self._service.proxies else None
 
     async def _body(self, request: web.Request) -> bytes:
         if request.headers.get("Content-Encoding", "identity").lower() != "identity":

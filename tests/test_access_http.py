@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pushup.access import NOT_GOOD, hash_key, make_key
+from pushup.access import KEY_PREFIX, NOT_GOOD, hash_key, make_key
 from pushup.server import Server
 from tests import pipes
 from tests.support import Client, Reply, connected, eventually, parked, running
@@ -27,7 +27,7 @@ SIDES = {
 }
 """Header fields that have a request served by the lane, by the web side on the lane's connection, or by its own."""
 
-ALL, PUBLISHER, MANAGER, READER = (make_key() for _ in range(4))
+ALL, PUBLISHER, MANAGER, READER = (f"{KEY_PREFIX}{letter * 43}" for letter in "apmr")
 HOUR_S = 3600
 
 NEEDS = "this needs credentials: a key or a token, as `Authorization: Bearer ...`"
@@ -190,6 +190,7 @@ async def test_who_may_do_what(who: str, side: str, access: AccessFile) -> None:
 @pytest.mark.parametrize(
     ("headers", "detail"),
     [("", NEEDS), (bearer("x"), NOT_GOOD), (bearer(hash_key(ALL)), NOT_GOOD), (bearer(token("news", life=0)), None)],
+    ids=["nothing", "a word", "a hash", "an old token"],
 )
 async def test_who_is_not_known(headers: str, detail: str | None, side: str, access: AccessFile) -> None:
     """The same 401 for everything there is to do, before anything is looked at."""

@@ -28,6 +28,7 @@ from urllib.parse import unquote, urljoin, urlsplit
 import pytest
 import yaml
 from selenium import webdriver
+from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
@@ -565,7 +566,8 @@ def test_a_reader_finds_things(site: Path, chromium: webdriver.Chrome) -> None:
     """In a real browser the search finds a symptom, and pages ask no other server for anything."""
     with served(site) as url:
         chromium.get(f"{url}/")
-        found = WebDriverWait(chromium, PATIENCE_S, 0.05)
+        # Results are drawn anew while they are looked at.
+        found = WebDriverWait(chromium, PATIENCE_S, 0.05, [NoSuchElementException, StaleElementReferenceException])
         chromium.execute_script("document.getElementById('__search').click()")
         field = found.until(lambda browser: browser.find_element(By.CSS_SELECTOR, "input.md-search__input"))
         found.until(lambda _: field.is_displayed())

@@ -618,7 +618,7 @@ async def test_connections_per_address_max_of_a_flood(door: Door) -> None:
 
 
 def count(server: Server, host: str) -> int:
-    client = server.service.clients._clients.get(host)
+    client = server.service.peers._peers.get(host)
     return client.connections if client is not None else 0
 
 
@@ -648,7 +648,7 @@ async def test_connections_per_address_max_is_freed(last: str, vanishes: bool, d
                     assert count(server, "127.0.0.2") == 1
                 if not vanishes:
                     client.writer.close()
-            await eventually(lambda: len(server.service.clients) == 0, f"{last} frees its place")
+            await eventually(lambda: len(server.service.peers) == 0, f"{last} frees its place")
         await eventually(nobody_is_here(server), "nobody is here")
         assert server.node.parked == 0
 
@@ -718,7 +718,7 @@ async def test_connections_per_address_max_behind_a_proxy(side: str) -> None:
         await parked(server, 3)
         assert count(server, "192.0.2.1") == 2
         await server.node.publish(Publication(("a",), b"1"))
-        await eventually(lambda: len(server.service.clients) == 0, "polls that were answered do not count")
+        await eventually(lambda: len(server.service.peers) == 0, "polls that were answered do not count")
 
 
 async def test_connections_per_address_max_behind_a_proxy_survives_its_pool() -> None:
@@ -728,7 +728,7 @@ async def test_connections_per_address_max_behind_a_proxy_survives_its_pool() ->
             host = f"192.0.2.{number % 3}"
             proxy.send(whole("/poll", {"channels": ["a"], "timeout": 0.02 * (number % 2)}, forwarded(host)))
             assert (await proxy.reply()).status == 200
-            assert len(server.service.clients) == 0
+            assert len(server.service.peers) == 0
 
 
 @SIDES
@@ -741,7 +741,7 @@ async def test_connections_per_address_max_believes_no_client(side: str, said: s
         first = await stack.enter_async_context(connected_from(server, "127.0.0.2"))
         first.send(post(side, "/poll", {"channels": ["a"]}, said))
         await parked(server, 1)
-        assert list(server.service.clients._clients) == ["127.0.0.2"]
+        assert list(server.service.peers._peers) == ["127.0.0.2"]
 
         async with connected_from(server, "127.0.0.2") as surplus:
             surplus.send(post(side, "/poll", {"channels": ["a"]}, said))
@@ -784,7 +784,7 @@ async def test_connections_per_address_max_does_not_count_a_proxy_itself(side: s
             client.send(hello + post(side, "/poll", {"channels": ["a"]}, forwarded("192.0.2.1")))
             await parked(server, number + 1)
 
-        assert len(server.service.clients) == 0
+        assert len(server.service.peers) == 0
 
 
 async def test_connections_per_address_max_of_a_header_in_pieces(door: Door) -> None:

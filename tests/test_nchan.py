@@ -504,7 +504,7 @@ async def test_a_client_behind_a_proxy_has_its_own_limit(proxies: str, status: i
     flags = {"trusted_proxies": proxies, "connections_per_address_max": 3, "poll_timeout": 0.1}
     async with mounted(**flags) as server, connected(server) as client:
         for _ in range(3):
-            server.service.clients.enter("198.51.100.7")
+            server.service.peers.enter("198.51.100.7")
         reply = await get(client, "/sub/news", X_Forwarded_For="198.51.100.7")
 
     assert reply.status == status

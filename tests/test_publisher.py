@@ -264,7 +264,9 @@ def test_channels_of_another_type(publisher: Publisher, channels: Any) -> None:
     assert isinstance(refusal(lambda: publisher.publish(channels, 1)), InvalidParameter)
 
 
-@pytest.mark.parametrize("data", [object(), {1j: 1}, "\ud800", {"a": {(1, 2): 3}}], ids=repr)
+@pytest.mark.parametrize(
+    "data", [object(), {1j: 1}, "\ud800", {"a": {(1, 2): 3}}], ids=["object", "key", "surrogate", "tuple"]
+)
 def test_data_that_cannot_be_json(publisher: Publisher, data: Any) -> None:
     """Says why."""
     error = refusal(lambda: publisher.publish("a", data))

@@ -10,11 +10,11 @@ import pytest
 
 import pushup.realm
 from pushup.access import NOT_GOOD, OPEN, Grant, KeyRules, RealmRules, TokenRules, hash_key, make_key
-from pushup.clients import Clients
 from pushup.errors import Forbidden, TokenExpired, TooManyPolls, TooManyPublications, Unauthorized, Unavailable
 from pushup.memory import MemoryBroker
 from pushup.metrics import Metrics
 from pushup.node import Node
+from pushup.peers import Peers
 from pushup.realm import Realm, read_tokens
 from pushup.sender import NOBODY, Sender
 from pushup.service import Seat
@@ -283,7 +283,7 @@ async def test_a_key_that_may_less_from_now_on() -> None:
 
 def sit(grant: Grant) -> Seat:
     """Have a poll of this grant wait."""
-    return Seat(Clients(10), grant, None)
+    return Seat(Peers(10), grant, None)
 
 
 async def test_as_many_polls_as_a_token_may_have(secret_file: str) -> None:

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pushup.clients import Networks
 from pushup.origins import Origins
+from pushup.peers import Networks
 from pushup.sender import NOBODY, Sender, read_sender
 
 PROXIES = Networks("10.0.0.0/8")

@@ -161,7 +161,7 @@ async def nothing_is_left(server: Server) -> None:
         lambda: (
             not any(realm.node.parked for realm in server.service.realms.values())
             and not any(metrics.streams.values())
-            and not len(server.service.clients)
+            and not len(server.service.peers)
             and metrics.connections_opened == metrics.connections_closed
             and not server._lanes._unread_bytes
         ),
@@ -878,7 +878,7 @@ async def test_a_client_that_vanishes_frees_everything_at_once(access: AccessFil
         headers = f"X-Forwarded-For: 203.0.113.5\r\n{bearer(token('news', sub='one'))}"
         await begin(client, f"{path}?channel=news", headers)
         await parked(server, 1)
-        assert len(server.service.clients) == 1
+        assert len(server.service.peers) == 1
         shut(client, reset=reset)
         await nothing_is_left(server)
         assert server.metrics.realm("default").answers["gone"] == 1

@@ -139,7 +139,7 @@ def _parse_v2(data: bytes) -> Proxied | None:
     return Proxied(str(parse_ip(str(ip_address(data[16 : 16 + size])))), total)
 
 
-class Client:
+class Peer:
     """An address that connections are counted of."""
 
     __slots__ = ("connections", "key")
@@ -149,41 +149,41 @@ class Client:
         self.connections = 0
 
 
-class Clients:
+class Peers:
     """How many connections each client address has; `limit` is how many it may have."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._clients: dict[str, Client] = {}
+        self._peers: dict[str, Peer] = {}
         self._key = lru_cache(4096)(_key)
 
     def __len__(self) -> int:
-        return len(self._clients)
+        return len(self._peers)
 
-    def enter(self, host: str) -> Client:
+    def enter(self, host: str) -> Peer:
         """Count one more, within the limit or not. O(1)."""
         key = self._key(host)
-        client = self._clients.get(key)
+        client = self._peers.get(key)
         if client is None:
-            client = self._clients[key] = Client(key)
+            client = self._peers[key] = Peer(key)
         client.connections += 1
         return client
 
-    def leave(self, client: Client) -> None:
+    def leave(self, client: Peer) -> None:
         """Count one less."""
         client.connections -= 1
         if not client.connections:
-            del self._clients[client.key]
+            del self._peers[client.key]
 
-    def is_over(self, client: Client) -> bool:
+    def is_over(self, client: Peer) -> bool:
         """Whether it has more than it may have."""
         return client.connections > self._limit
 
-    def refusal(self, client: Client) -> TooManyConnections:
+    def refusal(self, client: Peer) -> TooManyConnections:
         """What it is told then."""
         return TooManyConnections(f"{client.key} has {self._limit} connections here already")
 
-    def is_flooding(self, client: Client) -> bool:
+    def is_flooding(self, client: Peer) -> bool:
         """Whether it has so many that it is not even told."""
         return client.connections > 2 * self._limit
 

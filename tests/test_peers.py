@@ -1,4 +1,4 @@
-"""Client addresses: networks, chains of proxies, PROXY headers, and how many connections an address has."""
+"""Peer addresses: networks, chains of proxies, PROXY headers, and how many connections an address has."""
 
 import struct
 from ipaddress import ip_address
@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pushup.clients import (
+from pushup.peers import (
     HOPS_MAX,
     PROXY_V1_BYTES_MAX,
-    Clients,
     Networks,
+    Peers,
     Proxied,
     forwarded_for,
     parse_ip,
@@ -335,7 +335,7 @@ def test_both_versions_name_the_same_client(client: object, proxy: object, tlvs:
 
 def test_connections_are_counted_by_address() -> None:
     """One address has as many as the limit; another one is not affected."""
-    clients = Clients(2)
+    clients = Peers(2)
     for host, over in (("192.0.2.1", False), ("192.0.2.1", False), ("192.0.2.1", True), ("192.0.2.2", False)):
         assert clients.is_over(clients.enter(host)) is over
 
@@ -344,7 +344,7 @@ def test_connections_are_counted_by_address() -> None:
 
 def test_from_twice_the_limit_on_it_is_a_flood() -> None:
     """So many are not even told that they are too many."""
-    clients = Clients(2)
+    clients = Peers(2)
 
     flooding = [clients.is_flooding(clients.enter("192.0.2.1")) for _ in range(6)]
 
@@ -353,7 +353,7 @@ def test_from_twice_the_limit_on_it_is_a_flood() -> None:
 
 def test_who_leaves_makes_room_and_is_forgotten() -> None:
     """Nothing is kept of an address without connections."""
-    clients = Clients(1)
+    clients = Peers(1)
     first, second = clients.enter("192.0.2.1"), clients.enter("192.0.2.1")
     assert clients.is_over(second)
 
@@ -380,7 +380,7 @@ def test_who_leaves_makes_room_and_is_forgotten() -> None:
 )
 def test_an_ipv6_client_is_its_network(one: str, other: str, same: bool) -> None:
     """Whoever has an IPv6 address has 2^64 of them, so these count as one; IPv4 addresses count each for itself."""
-    clients = Clients(1)
+    clients = Peers(1)
     clients.enter(one)
 
     assert clients.is_over(clients.enter(other)) is same
@@ -388,7 +388,7 @@ def test_an_ipv6_client_is_its_network(one: str, other: str, same: bool) -> None
 
 def test_a_refusal_names_address_and_limit() -> None:
     """It is 429, to be tried again."""
-    clients = Clients(3)
+    clients = Peers(3)
     error = clients.refusal(clients.enter("2001:db8:1:2::1"))
 
     assert (error.status, error.code) == (429, "too_many_connections")
@@ -402,7 +402,7 @@ def test_a_refusal_names_address_and_limit() -> None:
 )
 def test_counts_are_those_of_who_is_there(limit: int, steps: list[tuple[str, bool]]) -> None:
     """Whoever comes and goes, each count is that of the connections that are there."""
-    clients = Clients(limit)
+    clients = Peers(limit)
     there: dict[str, list[object]] = {}
     for host, comes in steps:
         key = "::" if host in ("::1", "::2") else host
