@@ -2,12 +2,17 @@
 
 import asyncio
 import inspect
+import signal
 from collections.abc import Callable, Iterator
 
 import pytest
 import uvloop
 
 from tests.redis_server import RedisServer
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # Started in the background, where shells ignore it. The processes that tests start would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

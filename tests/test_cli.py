@@ -269,7 +269,7 @@ def test_the_parser_is_light() -> None:
     modules = loaded_by("import pushup.cli; pushup.cli.make_parser()")
 
     ours = {name.removeprefix("pushup.") for name in modules if name.startswith("pushup.")}
-    assert ours == {"address", "cli", "clients", "errors", "messages", "origins", "redis_url", "settings", "version"}
+    assert ours == {"address", "cli", "errors", "messages", "origins", "peers", "redis_url", "settings", "version"}
     assert not modules & {"aiohttp", "asyncio", "cryptography", "jwt", "logging", "multiprocessing", "redis", "uvloop"}
 
 

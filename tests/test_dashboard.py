@@ -813,6 +813,8 @@ def test_a_page_that_nobody_sees_does_not_ask(page: Dashboard, node: Node) -> No
 
     page.open(node.admin)
     turn(True)
+    # An answer may have come just before; give the page the time to show it.
+    page.browser.execute_async_script("setTimeout(arguments[0], 250)")
     cursor = page.text("cursor")
     connection = http.client.HTTPConnection(node.admin, timeout=PATIENCE_S)
     later = int(cursor) + 2_500_000
