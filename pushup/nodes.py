@@ -11,6 +11,7 @@ from pushup.errors import Unavailable
 from pushup.messages import NodeInfo
 from pushup.redis_url import parse_servers
 from pushup.settings import Settings
+from pushup.table import draw_table, show_duration
 
 SILENT_AFTER_S: Final = 5.0
 
@@ -71,23 +72,8 @@ def show_nodes(nodes: Sequence[NodeInfo], now: int) -> str:
             f"{node.connections:,}",
             f"{node.publications:,}",
             f"{node.deliveries:,}",
-            _duration((now - node.started) // 1_000_000),
+            show_duration((now - node.started) // 1_000_000),
         )
         for node in nodes
     ]
-    widths = [max(len(row[at]) for row in [_COLUMNS, *rows]) for at in range(len(_COLUMNS))]
-    lines = []
-    for row in [_COLUMNS, *rows]:
-        cells = [
-            cell.ljust(width) if at < 3 else cell.rjust(width)
-            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
-def _duration(seconds: int) -> str:
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds // size} {unit}"
-    return f"{max(seconds, 0)} s"
+    return draw_table(_COLUMNS, rows, words=3)
