@@ -28,7 +28,7 @@ cluster: $(VENV)/.dev
 	$(BIN)/python -m cluster up --nodes 4 --example $(ARGS)
 
 test: $(VENV)/.dev
-	tests/install-debian.sh chromium chromium-driver curl haproxy openssl redis-server
+	tests/install-debian.sh chromium chromium-driver curl fish haproxy openssl redis-server zsh
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 check: $(VENV)/.dev
