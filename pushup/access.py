@@ -122,7 +122,7 @@ class Grant:
         """The publication with its idempotency key made its holder's own: a browser must not use up a back end's."""
         if not self.token or self.holder is None or publication.key is None:
             return publication
-        key = hashlib.sha256(f"{self.holder.name}\n{publication.key}".encode()).hexdigest()
+        key = hashlib.sha256(f"{self.holder.name}\n{publication.key}".encode(errors="surrogatepass")).hexdigest()
         return Publication(publication.channels, publication.data, key)
 
 

@@ -132,15 +132,18 @@ class AsyncPerformer:
                 await asyncio.sleep(0)
         timeout = aiohttp.ClientTimeout(connect=min(CONNECT_S, step.silence), sock_read=step.silence, total=None)
         try:
-            async with self._session.request(
-                request.method,
-                URL(self._base.url + request.target, encoded=True),
-                data=request.body,
-                headers=header_fields(request, step.token),
-                allow_redirects=False,
-                timeout=timeout,
-                ssl=self._ssl if self._ssl is not None else True,
-            ) as response:
+            # aiohttp does not bound how long a body is written to who does not read.
+            async with asyncio.timeout(min(CONNECT_S, step.silence) + step.silence):
+                answer = await self._session.request(
+                    request.method,
+                    URL(self._base.url + request.target, encoded=True),
+                    data=request.body,
+                    headers=header_fields(request, step.token),
+                    allow_redirects=False,
+                    timeout=timeout,
+                    ssl=self._ssl if self._ssl is not None else True,
+                )
+            async with answer as response:
                 body = bytearray()
                 async for chunk in response.content.iter_any():
                     body += chunk

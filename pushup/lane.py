@@ -68,6 +68,9 @@ NO_BODY: Final = 4
 
 _NO_LINGER: Final = struct.pack("ii", 1, 0)
 _MEMORY_BYTES_MAX: Final = 16 * 1024 * 1024
+_LINE_BYTES: Final = 300
+_CHANNEL_BYTES: Final = 60
+"""About what a remembered poll takes beside the bytes, and each of its channels."""
 _SENDER_BYTES: Final = 400
 """About what a remembered sender takes beside the bytes."""
 
@@ -112,7 +115,7 @@ class Memory:
         line, fields = data[:cut], data[cut:]
         if not (line.startswith(b"GET ") and line.endswith(b" HTTP/1.1")):
             return
-        self._size += len(line) * (line not in self._lines)
+        self._size += (len(line) + _LINE_BYTES + _CHANNEL_BYTES * len(asked.poll.channels)) * (line not in self._lines)
         self._size += (len(fields) + _SENDER_BYTES) * (fields not in self._fields)
         if self._size > _MEMORY_BYTES_MAX:
             self._lines.clear()
@@ -558,6 +561,8 @@ class Lane(asyncio.Protocol):
             return
         self._state = READING
         self._buffer = b""
+        settings = self._lanes.settings
+        self._since = self._lanes.loop.time() - max(settings.keepalive_timeout - settings.request_timeout, 0)
         if proxied.client is not None:
             self._enter(proxied.client)
         rest = data[proxied.length :]
@@ -685,6 +690,7 @@ class Lane(asyncio.Protocol):
         status = f"{error.status} {error.title}".encode()
         response = self._lanes.render(status, PROBLEM_TYPE.encode(), error.body(), how, extra)
         self._state = READING
+        self._since = self._lanes.loop.time()
         self._transport.write(response)
         if not how & KEEP_ALIVE:
             self.close()

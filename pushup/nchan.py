@@ -133,7 +133,7 @@ def parse_id(text: str) -> int:
     second = _SECOND.fullmatch(text)
     if second is None:
         raise InvalidParameter("last_event_id", "a message id is the 16 digits of a cursor")
-    return int(second[1]) * SECOND
+    return _bounded(int(second[1]) * SECOND)
 
 
 def _bare(tag: str) -> str:
@@ -143,9 +143,15 @@ def _bare(tag: str) -> str:
 
 def _parse_date(text: str) -> int:
     try:
-        return max(int(parsedate_to_datetime(text).timestamp()), 0) * SECOND
-    except ValueError:
+        return _bounded(max(int(parsedate_to_datetime(text).timestamp()), 0) * SECOND)
+    except (ValueError, OverflowError):
         raise InvalidParameter("If-Modified-Since", "If-Modified-Since is a date as HTTP writes it") from None
+
+
+def _bounded(cursor: int) -> int:
+    if cursor > MAX_ID:
+        raise InvalidParameter("last_event_id", f"a message id is at most {MAX_ID}")
+    return cursor
 
 
 def show_data(message: Message) -> tuple[str, bytes]:

@@ -333,8 +333,13 @@ async def serve(settings: Settings, announce: Callable[[Server], None], *, share
         loop.add_reader(parent.sentinel, orphaned, parent.sentinel)
     loop.add_signal_handler(signal.SIGTERM, stop, settings.drain_window)
     loop.add_signal_handler(signal.SIGINT, stop, 0.0)
+    # What is asked for while it starts is done when it has started.
+    early: list[None] = []
+    loop.add_signal_handler(signal.SIGHUP, early.append, None)
     server = Server(settings, shares_port=shares_port)
     await server.start()
     loop.add_signal_handler(signal.SIGHUP, server.reload)
+    if early:
+        server.reload()
     announce(server)
     await server.stop(await stopping)

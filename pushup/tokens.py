@@ -217,7 +217,7 @@ def parse_jwks(text: bytes) -> Mapping[str | None, SigningKey]:
             continue
         try:
             material = jwt.PyJWK(each).key
-        except (jwt.PyJWTError, ValueError, TypeError, KeyError, NotImplementedError):
+        except (jwt.PyJWTError, ValueError, TypeError, KeyError, NotImplementedError, UnsupportedAlgorithm):
             continue
         algorithm = _algorithm(material)
         if algorithm is not None and each.get("alg", algorithm) == algorithm and (kid is None or isinstance(kid, str)):
@@ -230,6 +230,8 @@ class Jwks:
 
     def __init__(self, url: str) -> None:
         """Raises SettingsError for a URL that anybody on the way could answer."""
+        if _names_user(url):
+            raise SettingsError("jwks_url has a user or a password in it, which would end up in logs")
         if not _is_trustworthy(url):
             raise SettingsError(f"jwks_url = {url!r}: it must be https://, or http:// on this machine")
         self.url = url
@@ -260,17 +262,21 @@ class Jwks:
 
     def _may_help(self, now: float) -> bool:
         """Whether it is of use to await `fetch`: one is under way already, or it is time for another."""
-        return self._fetching is not None or now - self._tried >= JWKS_PAUSE_S
+        return self._fetching is not None or self._may_try(now)
+
+    def _may_try(self, now: float) -> bool:
+        """Whether the last attempt is long enough ago; it is, if the clock was set back."""
+        return not 0 <= now - self._tried < JWKS_PAUSE_S
 
     def is_stale(self, now: float) -> bool:
         """Whether it is time for another look at the URL."""
         fetched = self._tried if self._fetched is None else self._fetched
-        return now - fetched > JWKS_FRESH_S and now - self._tried >= JWKS_PAUSE_S
+        return not 0 <= now - fetched <= JWKS_FRESH_S and self._may_try(now)
 
     async def fetch(self, now: float) -> None:
         """Get the key set; whoever asks meanwhile waits for the same. A failure is logged, and the old keys stay."""
         if self._fetching is None:
-            if now - self._tried < JWKS_PAUSE_S:
+            if not self._may_try(now):
                 return
             self._tried = now
             self._fetching = asyncio.create_task(self._fetch(now))
@@ -307,6 +313,13 @@ class Jwks:
         before, self._keys, self._fetched = self._keys, keys, now
         if any(keys.get(kid) != key for kid, key in before.items()):
             self.on_change()
+
+
+def _names_user(url: str) -> bool:
+    try:
+        return urlsplit(url).username is not None
+    except ValueError:
+        return False
 
 
 def _is_trustworthy(url: str) -> bool:

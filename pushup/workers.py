@@ -79,7 +79,10 @@ class Workers:
         settings = worker_settings(self._settings, number, self.address)
         receiving, sending = self._context.Pipe(duplex=False)
         process = self._context.Process(target=self._serve, args=(settings, sending), name=f"pushup-worker-{number}")
+        # Until it listens to this signal itself the new process is to ignore it, as it inherits from here.
+        treated = signal.signal(signal.SIGHUP, signal.SIG_IGN)
         process.start()
+        signal.signal(signal.SIGHUP, treated)
         sending.close()
         self._processes[number] = process
         self._ready[number] = receiving  # Kept, or the worker would write to nobody.

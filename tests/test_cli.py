@@ -524,3 +524,17 @@ def test_a_port_that_is_taken(name: str) -> None:
     assert re.fullmatch(
         rf"pushup: {name} = '{address}'.*: cannot listen there: Address already in use\n", process.stderr
     )
+
+
+def test_a_hangup_while_it_starts() -> None:
+    """A node that waits for its broker is not ended by who wants it to read its keys again."""
+    flags = ["--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0", "--broker", "redis://127.0.0.1:1"]
+    command = [sys.executable, "-m", "pushup", "serve", *flags, "--broker-timeout", "2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        assert "lost the broker" in process.stdout.readline()
+
+        process.send_signal(signal.SIGHUP)
+
+        assert process.wait(PATIENCE_S) == 1
+        assert "cannot reach the broker" in process.stdout.read()

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import json
+import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
@@ -13,7 +14,7 @@ from aiohttp import web
 
 from pushup.errors import ChannelNotFound, PushUpError
 from pushup.head import is_malformed
-from pushup.lane import AHEAD_BYTES_MAX, POLL_BODY_BYTES_MAX, SHORT_HEAD_BYTES
+from pushup.lane import AHEAD_BYTES_MAX, GREETING, POLL_BODY_BYTES_MAX, SHORT_HEAD_BYTES
 from pushup.messages import Publication, Receipt
 from pushup.server import Server
 from tests import pipes
@@ -1261,3 +1262,42 @@ async def test_a_head_that_comes_byte_by_byte_costs_little(monkeypatch: pytest.M
 
         assert [response.status for response in client.responses] == [200]
         assert parsed <= SHORT_HEAD_BYTES + 2 * 12
+
+
+async def test_what_is_remembered_of_polls_is_bounded() -> None:
+    """By what it takes in memory, of which the bytes of the request lines are the least."""
+    async with running() as server:
+        memory, client = server._lanes.memory, pipes.lane(server)
+        for number in range(1000):
+            await client.receive(get(f"/poll?channel=a&timeout=0&start={number}"))
+
+        assert len(memory._lines) == 1000
+        assert memory._size > sum(sys.getsizeof(line) + 250 for line in memory._lines)
+
+
+async def test_a_client_that_is_refused_again_and_again_is_not_idle() -> None:
+    """Whoever asks is busy, also if the answer is an error."""
+    async with running(keepalive_timeout=75, poll_channels_max=1) as server:
+        client = pipes.lane(server)
+        await client.receive(get("/poll?channel=1"))
+        with later(server, 70):
+            await client.receive(get("/poll?channel=1"))
+
+        tick(server, 80)
+
+        assert not client.closing
+        assert [response.status for response in client.responses] == [404, 404]
+
+
+async def test_a_proxied_connection_that_asks_for_nothing_is_closed() -> None:
+    """Behind its PROXY header it is as new as any other."""
+    async with running(keepalive_timeout=75, request_timeout=15, proxy_protocol=True) as server:
+        client = pipes.lane(server)
+        client.lane._state = GREETING
+        await client.receive(b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n")
+
+        tick(server, 14)
+        assert not client.closing
+        tick(server, 16)
+
+        assert client.closing

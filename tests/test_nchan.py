@@ -143,6 +143,22 @@ def test_what_is_no_message_id(text: str) -> None:
         parse_id(text)
 
 
+@pytest.mark.parametrize(
+    ("headers", "last"),
+    [
+        ({}, "9999999999:0"),
+        ({"Etag": "9007199255:0"}, ""),
+        ({"If-Modified-Since": "Fri, 31 Dec 9999 23:59:59 GMT"}, ""),
+        ({"If-Modified-Since": "Thu, 01 Jan 2026 00:00:00 +99999999999999999"}, ""),
+        ({"If-Modified-Since": "Thu, 01 Jan 20260000000000 00:00:00 GMT"}, ""),
+    ],
+)
+def test_an_id_beyond_all_ids(headers: Mapping[str, str], last: str) -> None:
+    """It is an error of whoever sends it, and never reaches the broker, where it would spoil the reads of others."""
+    with pytest.raises(InvalidParameter):
+        find_id(headers, last)
+
+
 def test_a_date_that_is_none() -> None:
     """Is refused."""
     with pytest.raises(InvalidParameter, match="a date as HTTP writes it"):

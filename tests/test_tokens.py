@@ -769,7 +769,7 @@ def test_a_file_that_cannot_be_read(name: str, tmp_path: Path) -> None:
     "url",
     [
         "https://example.com/jwks",
-        "https://user@example.com:8443/",
+        "https://example.com:8443/@tenant",
         "http://127.0.0.1:1/",
         "http://localhost/jwks",
         "http://127.8.9.10/",
@@ -788,7 +788,6 @@ def test_urls_of_key_sets(url: str) -> None:
         "http://10.0.0.1/",
         "http://localhost.example.com/",
         "http://127.0.0.1.example.com/",
-        "http://127.0.0.1@example.com/",
         "http://[::2]/",
         "http://0.0.0.0/",
         "ftp://localhost/",
@@ -1258,3 +1257,20 @@ def test_a_signature_can_be_written_in_two_ways(tmp_path: Path) -> None:
     other = f"{signed}.{encode(raw[:32] + (order - int.from_bytes(raw[32:])).to_bytes(32))}"
     assert other != token
     assert tokens.verify(other, NOW).expires == tokens.verify(token, NOW).expires
+
+
+@pytest.mark.parametrize("url", ["https://user:secret@example.com/jwks", "http://127.0.0.1@example.com/"])
+def test_a_url_with_a_user_in_it(url: str) -> None:
+    """It would be logged, or mistaken for another host."""
+    with pytest.raises(SettingsError, match="a user or a password") as caught:
+        Jwks(url)
+    assert "secret" not in caught.value.detail
+
+
+def test_a_clock_that_was_set_back() -> None:
+    """It does not keep a key set from being fetched."""
+    jwks = Jwks("https://example.com/jwks")
+    jwks._tried = 1_000_000.0
+
+    assert jwks.is_stale(900_000.0)
+    assert not jwks.is_stale(1_000_001.0)
