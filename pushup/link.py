@@ -67,7 +67,11 @@ class Link:
         """Raises Lost, and then nothing was sent."""
         try:
             await self._connection.connect()
-        except (RedisError, OSError) as error:
+        except (
+            RedisError,
+            OSError,
+            RuntimeError,
+        ) as error:  # The last is uvloop's word for a connection that has gone.
             await self._connection.disconnect()
             raise Lost(explain(error), sent=False) from None
         self.open = True
@@ -100,7 +104,7 @@ class Link:
                 self._wake.clear()
                 commands, self._outgoing = self._outgoing, []
                 await connection.send_packed_command(connection.pack_commands(commands), check_health=False)
-        except (RedisError, OSError) as error:
+        except (RedisError, OSError, RuntimeError) as error:
             self.end(explain(error))
         except Exception:
             log.exception("could not send a command to Redis")

@@ -402,3 +402,18 @@ async def test_cancelling_what_is_done() -> None:
 
     assert isinstance(one.exception(), ValueError)
     assert two.result() == 1
+
+
+class Reset(Torrent):
+    """A connection that is reset while it is made, as uvloop tells it."""
+
+    async def connect(self) -> None:
+        raise RuntimeError("unable to perform operation on <TCPTransport closed=True>; the handler is closed")
+
+
+async def test_a_connection_that_is_reset_while_it_is_made() -> None:
+    """Nothing was sent, whatever the event loop calls it."""
+    with pytest.raises(Lost) as caught:
+        await Commands(Reset()).connect()
+
+    assert not caught.value.sent
