@@ -175,7 +175,8 @@ class WebConnection(web.RequestHandler):
             resp = problem_response(error)
             resp.force_close()
         if request.version not in _VERSIONS:
-            request._version = HttpVersion11  # Which the answer's first line repeats.
+            # The answer's first line repeats it, from where aiohttp remembers it.
+            request._version = request._cache["version"] = HttpVersion11
         if _is_last(request):
             resp.force_close()
         self._metrics.requests_web += 1

@@ -11,7 +11,7 @@ _CHUNK: Final = re.compile(rb"[0-9a-fA-F]{1,5}")
 _UNSURE: Final = frozenset((b"connection", b"expect", b"upgrade", b"content-encoding", b"sec-websocket-key1"))
 """With these fields it takes more than the letter to know what follows."""
 
-_STATUS_LINE: Final = re.compile(rb"HTTP/(?:0\.9|1\.[01]|2\.0) ([1-5][0-9][0-9]) [!-~]+( [!-~]+)*")
+_STATUS_LINE: Final = re.compile(rb"HTTP/1\.[01] ([1-5][0-9][0-9]) [!-~]+( [!-~]+)*")
 """The version is the one that aiohttp was asked in, as llhttp takes these four."""
 _RESPONSEFIELD_LINE: Final = re.compile(rb"([A-Za-z-]+): ([!-~]+( [!-~]+)*)")
 
