@@ -233,6 +233,14 @@ class Lanes:
         """The client reads again, or is gone."""
         self._unread_bytes -= self._unread.pop(connection, 0)
 
+    def newcomer_since(self) -> float:
+        """Since when a new connection counts as idle.
+
+        It has request_timeout to begin its first request, not keepalive_timeout as one that proved good.
+        """
+        settings = self.settings
+        return self.loop.time() - max(settings.keepalive_timeout - settings.request_timeout, 0)
+
     def close_idle(self) -> None:
         """Close the connections that are between requests."""
         for lane in [lane for lane in self.open if lane.idle]:
@@ -319,9 +327,8 @@ class Lane(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         lanes = self._lanes
-        # A new connection has as long to begin its first request as to send it, not as long as one that proved good.
         settings = lanes.settings
-        self._since = lanes.loop.time() - max(settings.keepalive_timeout - settings.request_timeout, 0)
+        self._since = lanes.newcomer_since()
         lanes.metrics.connections_opened += 1
         lanes.open.add(self)
         high = settings.write_buffer_bytes_max
@@ -561,8 +568,7 @@ class Lane(asyncio.Protocol):
             return
         self._state = READING
         self._buffer = b""
-        settings = self._lanes.settings
-        self._since = self._lanes.loop.time() - max(settings.keepalive_timeout - settings.request_timeout, 0)
+        self._since = self._lanes.newcomer_since()
         if proxied.client is not None:
             self._enter(proxied.client)
         rest = data[proxied.length :]
