@@ -4,7 +4,6 @@ import argparse
 import json
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,62 +11,13 @@ from pathlib import Path
 from types import FrameType
 
 from loadtest import attack, attack_report
+from loadtest.catalogue import catalogue
 from loadtest.fleet import FleetError
+from loadtest.progress import Progress, show_duration
 from loadtest.report import write
-from loadtest.results import METRICS, Measurement, Result, save
-from loadtest.scenarios import Scenario, catalogue, count_steps, run
+from loadtest.results import Result, save
+from loadtest.scenario import Scenario, run
 from loadtest.servers import ServerError
-
-ROUNDS = 5
-QUICK_ROUNDS = 2
-BAR_CELLS = 30
-
-
-class Progress:
-    """A bar with the time left, on a terminal; elsewhere a line per measurement."""
-
-    def __init__(self, total: int) -> None:
-        self._total = total
-        self._done = 0
-        self._begin = time.monotonic()
-        self._title = ""
-        self._terminal = sys.stderr.isatty()
-
-    def step(self) -> None:
-        """One more step is done."""
-        self._done = min(self._done + 1, self._total)
-        self._draw()
-
-    def note(self, scenario: Scenario, measurement: Measurement) -> None:
-        """Say what was measured."""
-        shown = (
-            "memory_per_poll_bytes",
-            "cpu_delivery_and_park_us",
-            "deliveries_per_s",
-            "latency_p99_ms",
-            "publications_per_s",
-            "cpu_publication_us",
-        )
-        parts = [
-            f"{measurement.values[name] / METRICS[name].scale:,.{METRICS[name].digits}f} {METRICS[name].unit}"
-            for name in shown
-            if name in measurement.values
-        ]
-        text = measurement.failure or " · ".join(parts)
-        mark = " (client-bound)" if measurement.client_bound else " (disturbed)" if measurement.disturbed else ""
-        self._say(f"{scenario.name}, {measurement.case}, round {measurement.round}, {measurement.server}: {text}{mark}")
-
-    def _say(self, line: str) -> None:
-        print(f"\r\033[K{line}" if self._terminal else line, file=sys.stderr, flush=True)
-        self._draw()
-
-    def _draw(self) -> None:
-        if self._terminal and self._done:
-            elapsed = time.monotonic() - self._begin
-            left = int(elapsed / self._done * (self._total - self._done))
-            bar = "#" * (BAR_CELLS * self._done // self._total)
-            text = f"[{bar:.<{BAR_CELLS}}] {100 * self._done // self._total} %, {left // 60}:{left % 60:02} left"
-            print(f"\r\033[K{text}", end="" if self._done < self._total else "\r\033[K", file=sys.stderr, flush=True)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -79,9 +29,7 @@ def make_parser() -> argparse.ArgumentParser:
     running.add_argument("scenarios", nargs="*", metavar="SCENARIO", help="see list")
     running.add_argument("--all", action="store_true", help="every scenario")
     running.add_argument("--quick", action="store_true", help="small sizes: shows that it works, not how well")
-    running.add_argument(
-        "--rounds", type=int, metavar="N", help=f"rounds of each scenario [{ROUNDS}; quick {QUICK_ROUNDS}]"
-    )
+    running.add_argument("--rounds", type=int, metavar="N", help="rounds of each scenario, instead of its own number")
     running.add_argument("--no-pin", action="store_true", help="let the kernel choose the cores")
     running.add_argument(
         "--json", type=Path, metavar="FILE", help="write there, not to results/ (an array if scenarios are several)"
@@ -102,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     if parsed.command == "list":
         for name, scenario in catalogue().items():
-            print(f"{name:14} {scenario.question}")
+            print(f"{name:20} {show_duration(scenario.seconds):>6}  {scenario.question}")
         return 0
     if parsed.command == "report":
         try:
@@ -122,11 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wrong = [name for name in names if name not in known]
     if wrong or not names:
         parser.error(f"no such scenario: {', '.join(wrong)}" if wrong else "name a scenario, or say --all")
-    rounds = (QUICK_ROUNDS if parsed.quick else ROUNDS) if parsed.rounds is None else parsed.rounds
-    if rounds < 1:
+    if parsed.rounds is not None and parsed.rounds < 1:
         parser.error("--rounds is 1 or more")
     try:
-        results = _run([known[name] for name in names], rounds, parsed.quick, not parsed.no_pin, parsed.json)
+        results = _run([known[name] for name in names], parsed.rounds, parsed.quick, not parsed.no_pin, parsed.json)
     except ServerError as error:
         print(f"loadtest: {error}", file=sys.stderr)
         return 1
@@ -135,21 +82,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if all(_complete(result) for result in results) else 1
 
 
-def _run(scenarios: Sequence[Scenario], rounds: int, quick: bool, pin: bool, file: Path | None) -> list[Result]:
-    progress = Progress(sum(count_steps(scenario, rounds) for scenario in scenarios))
+def _run(scenarios: Sequence[Scenario], rounds: int | None, quick: bool, pin: bool, file: Path | None) -> list[Result]:
+    progress = Progress([scenario.seconds for scenario in scenarios])
     results = []
     for scenario in scenarios:
         command = f"python -m loadtest run {scenario.name}{' --quick' if quick else ''}"
-        command += f" --rounds {rounds}{'' if pin else ' --no-pin'}"
+        command += f"{'' if rounds is None else f' --rounds {rounds}'}{'' if pin else ' --no-pin'}"
         result = run(
             scenario,
-            rounds,
+            scenario.rounds if rounds is None else rounds,
             quick=quick,
             pin=pin,
             command=command,
-            step=progress.step,
-            note=partial(progress.note, scenario),
+            share=progress.share,
+            note=partial(progress.note, scenario.name),
         )
+        progress.next()
         results.append(result)
         if file is None:
             print(f"wrote results/{save(result).name}")

@@ -1,21 +1,22 @@
-"""What is measured, how, and what was promised of it."""
+"""Crowds of polls, parked and answered: what a poll costs, and what publishing costs where nobody polls."""
 
 import math
-import os
 import random
-import resource
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Final
 
 from loadtest.dialects import Dialect, make_payload
 from loadtest.fleet import Delivery, Fleet, FleetError, Publication
-from loadtest.machine import Cores, Ran, facts, kernel_bytes, plan_cores
-from loadtest.results import OURS, Measurement, Medians, Result, Target, Values, percentile, utc_now
-from loadtest.servers import Floor, Nchan, PushUp, Server, ServerError
+from loadtest.machine import Ran, kernel_bytes
+from loadtest.results import OURS, Medians, Target, Values, percentile
+from loadtest.scenario import Bench, Case, Parameters, Samples, Scenario, comparison
+from loadtest.servers import Floor, Nchan, PushUp, Server
 
+ROUNDS: Final = 5
+QUICK_ROUNDS: Final = 1
 PATIENCE_S: Final = 60.0
 """How long one publication's answers, or one sweep's, may take before the round counts as failed."""
 PARK_S: Final = 30.0
@@ -26,47 +27,7 @@ SEED: Final = 2041
 LANES: Final = 16
 """Connections to publish over where one publication answers one poll."""
 
-Parameters = Mapping[str, int]
-Samples = dict[str, list[float]]
-Step = Callable[[], None]
 Headers = Callable[[int], bytes]
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What a case is measured with. `step` is called after every sweep; `spin`: the client has a core to itself."""
-
-    server: Server
-    parameters: Parameters
-    step: Step
-    spin: bool
-
-    def fleet(self) -> Fleet:
-        """Clients of the server."""
-        return Fleet(self.server.address, self.server.dialect, spin=self.spin)
-
-
-Measure = Callable[[Bench], tuple[Values, Samples]]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One way of measuring, alike for every server. `parameters["sweeps"]` steps are reported while it is measured."""
-
-    name: str
-    parameters: Parameters
-    measure: Measure
-    servers: tuple[type[Server], ...] = (PushUp, Nchan)
-
-
-@dataclass(frozen=True)
-class Scenario:
-    """A question, the cases that answer it, and the targets."""
-
-    name: str
-    question: str
-    cases: tuple[Case, ...]
-    targets: tuple[Target, ...] = ()
 
 
 # Measuring
@@ -382,8 +343,9 @@ def _growth(small: str, large: str, metric: str) -> Callable[[Medians], float | 
     return value
 
 
-def catalogue(*, quick: bool = False) -> dict[str, Scenario]:
-    """All scenarios by name, in the order to run them. `quick`: sizes that show whether it works, not how well."""
+def scenarios(*, quick: bool) -> tuple[Scenario, ...]:
+    """In the order to run them. `quick`: sizes that show whether it works, not how well."""
+    rounds = QUICK_ROUNDS if quick else ROUNDS
     audience = {"polls": 1000 if quick else 10_000, "message_bytes": 100, "sweeps": 5 if quick else 20}
     crowd = 1000 if quick else 16_000
     own = {"polls": crowd, "message_bytes": 100, "sweeps": 2 if quick else 4, "publishers": LANES}
@@ -411,8 +373,8 @@ def catalogue(*, quick: bool = False) -> dict[str, Scenario]:
         for polls in sizes
     ]
     growth = math.log(sizes[-1]) / math.log(sizes[0])
-    scenarios = (
-        Scenario(
+    return (
+        comparison(
             "fanout",
             f"{audience['polls']:,} polls parked on one channel, one publication at a time: what does each cost?",
             (
@@ -420,29 +382,33 @@ def catalogue(*, quick: bool = False) -> dict[str, Scenario]:
                 Case(_AT_ONCE, {**audience, "again": 1}, measure_fan_out),
             ),
             _FAN_OUT_TARGETS,
+            rounds=rounds,
         ),
-        Scenario(
+        comparison(
             "browsers",
             "The fan-out again, each client with the headers of a browser of its own: does it matter?",
             (
                 Case(_STEPWISE, audience, measure_browsers),
                 Case(_AT_ONCE, {**audience, "again": 1}, measure_browsers),
             ),
+            rounds=rounds,
         ),
-        Scenario(
+        comparison(
             "floor",
             "The fan-out by a uvloop protocol that parses nothing: how much of the cost is not ours to save?",
             (Case(_STEPWISE, audience, measure_fan_out, (PushUp, Floor)),),
+            rounds=rounds,
         ),
-        Scenario(
+        comparison(
             "many-channels",
             f"{crowd:,} polls over as many channels, one publication to each: what does each cost?",
             (
                 Case("one message per request", {**own, "batch": 1}, measure_many_channels),
                 Case(f"arrays of {BATCH}", {**own, "batch": BATCH}, measure_many_channels, (PushUp,)),
             ),
+            rounds=rounds,
         ),
-        Scenario(
+        comparison(
             "ten-channels",
             "Polls of ten channels each: does the cost grow with their number faster than its logarithm?",
             tuple(ten),
@@ -454,8 +420,9 @@ def catalogue(*, quick: bool = False) -> dict[str, Scenario]:
                     growth,
                 ),
             ),
+            rounds=rounds,
         ),
-        Scenario(
+        comparison(
             "publish",
             f"Publications to {quiet['channels']} channels nobody polls, over {quiet['publishers']} connections: "
             "how many, and what does each cost?",
@@ -463,73 +430,6 @@ def catalogue(*, quick: bool = False) -> dict[str, Scenario]:
                 Case("one message per request", {**quiet, "batch": 1}, measure_publishing),
                 Case(f"arrays of {BATCH}", {**quiet, "batch": BATCH}, measure_publishing, (PushUp,)),
             ),
+            rounds=rounds,
         ),
     )
-    return {scenario.name: scenario for scenario in scenarios}
-
-
-def count_steps(scenario: Scenario, rounds: int) -> int:
-    """How often `run` will call `step`."""
-    return rounds * sum((case.parameters["sweeps"] + 1) * len(case.servers) for case in scenario.cases)
-
-
-def run(
-    scenario: Scenario,
-    rounds: int,
-    *,
-    quick: bool,
-    pin: bool,
-    command: str,
-    step: Step,
-    note: Callable[[Measurement], None],
-) -> Result:
-    """Measure every case on every server in turn, `rounds` times over. `note` hears of each measurement.
-
-    A measurement that fails is kept with its reason. Raises ServerError if a server is missing or does not start.
-    """
-    used = list(dict.fromkeys(server for case in scenario.cases for server in case.servers))
-    versions = {server.name: server.versions() for server in used}
-    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    mine = os.sched_getaffinity(0)
-    cores = plan_cores(mine) if pin else Cores(frozenset(mine), frozenset(mine))
-    started, begin = utc_now(), time.monotonic()
-    measurements = []
-    os.sched_setaffinity(0, cores.client)
-    try:
-        for number, case, kind in _order(scenario, rounds):
-            measurement = _measure(number, case, kind, cores, descriptors, step)
-            measurements.append(measurement)
-            note(measurement)
-    finally:
-        os.sched_setaffinity(0, mine)
-    medians = Medians(measurements)
-    return Result(
-        scenario=scenario.name,
-        question=scenario.question,
-        command=command,
-        started=started,
-        seconds=round(time.monotonic() - begin, 1),
-        quick=quick,
-        machine=facts(),
-        versions=versions,
-        pinning=str(cores),
-        parameters={case.name: dict(case.parameters) for case in scenario.cases},
-        measurements=measurements,
-        targets=[target.judge(medians) for target in scenario.targets],
-    )
-
-
-def _order(scenario: Scenario, rounds: int) -> Iterator[tuple[int, Case, type[Server]]]:
-    for number in range(1, rounds + 1):
-        for case in scenario.cases:
-            for kind in case.servers:
-                yield number, case, kind
-
-
-def _measure(number: int, case: Case, kind: type[Server], cores: Cores, descriptors: int, step: Step) -> Measurement:
-    try:
-        with kind(cores, descriptors) as server:
-            values, samples = case.measure(Bench(server, case.parameters, step, cores.pinned))
-    except (FleetError, ServerError) as error:
-        return Measurement(number, case.name, kind.name, failure=str(error))
-    return Measurement(number, case.name, kind.name, values, samples)

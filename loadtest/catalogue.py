@@ -1,0 +1,10 @@
+"""All scenarios, in the order to run them."""
+
+from loadtest import crowds
+from loadtest.scenario import Scenario
+
+
+def catalogue(*, quick: bool = False) -> dict[str, Scenario]:
+    """By name. `quick`: sizes and times that show whether it works, not how well; all of it within five minutes."""
+    scenarios = crowds.scenarios(quick=quick)
+    return {scenario.name: scenario for scenario in scenarios}
