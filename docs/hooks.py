@@ -25,7 +25,7 @@ from urllib.parse import urlencode
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
-from mkdocs.structure.files import Files
+from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from mkdocs.utils import get_relative_url
 
@@ -52,6 +52,11 @@ PAGES: Final = {
     "pushup/openapi.json": "reference/http.md",
 }
 """Files of the repository, and the pages that show them."""
+
+PICTURES: Final = {
+    f"loadtest/charts/{path.name}": f"reports/charts/{path.name}" for path in (ROOT / "loadtest/charts").glob("*.svg")
+}
+"""Pictures in these pages, and where the site has them."""
 
 HELP_COLUMNS: Final = 82
 JSON_COLUMNS: Final = 76
@@ -80,6 +85,13 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
     config.nav = expand(config.nav or [])
     return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Called by MkDocs with the files of the site: the pictures of the reports are among them."""
+    for path, place in PICTURES.items():
+        files.append(File.generated(config, place, abs_src_path=str(ROOT / path)))
+    return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
@@ -479,7 +491,10 @@ def _rewrite(markdown: str, file: str) -> str:
             return match.group()
         path, _, anchor = target.partition("#")
         meant = (ROOT / file).parent.joinpath(path).resolve() if path else ROOT / file
-        page = PAGES.get(str(meant.relative_to(ROOT)))
+        path = str(meant.relative_to(ROOT))
+        if path in PICTURES:
+            return f"[{text}](page:{PICTURES[path]})"
+        page = PAGES.get(path)
         if page is None or not (DOCS / page).exists():
             return text if "`" in text else f"`{text}`"
         return f"[{text}](page:{page}{'#' if anchor else ''}{anchor})"

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if parsed.command == "report":
         try:
-            print(f"wrote {write(list(catalogue())).name}")
+            print(f"wrote {write(catalogue()).name}")
             if attack_report.RAW.exists():
                 print(f"wrote {attack_report.write().name}")
         except FileNotFoundError as error:
@@ -73,31 +73,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.rounds is not None and parsed.rounds < 1:
         parser.error("--rounds is 1 or more")
     try:
-        results = _run([known[name] for name in names], parsed.rounds, parsed.quick, not parsed.no_pin, parsed.json)
-    except ServerError as error:
-        print(f"loadtest: {error}", file=sys.stderr)
-        return 1
+        return _run([known[name] for name in names], parsed.rounds, parsed.quick, not parsed.no_pin, parsed.json)
     except KeyboardInterrupt:
         return 130
-    return 0 if all(_complete(result) for result in results) else 1
 
 
-def _run(scenarios: Sequence[Scenario], rounds: int | None, quick: bool, pin: bool, file: Path | None) -> list[Result]:
+def _run(scenarios: Sequence[Scenario], rounds: int | None, quick: bool, pin: bool, file: Path | None) -> int:
+    """Run one after the other and keep each result at once; the exit status. One that cannot be run stops no other."""
     progress = Progress([scenario.seconds for scenario in scenarios])
-    results = []
+    results: list[Result] = []
     for scenario in scenarios:
         command = f"python -m loadtest run {scenario.name}{' --quick' if quick else ''}"
         command += f"{'' if rounds is None else f' --rounds {rounds}'}{'' if pin else ' --no-pin'}"
-        result = run(
-            scenario,
-            scenario.rounds if rounds is None else rounds,
-            quick=quick,
-            pin=pin,
-            command=command,
-            share=progress.share,
-            note=partial(progress.note, scenario.name),
-        )
-        progress.next()
+        try:
+            result = run(
+                scenario,
+                scenario.rounds if rounds is None else rounds,
+                quick=quick,
+                pin=pin,
+                command=command,
+                share=progress.share,
+                note=partial(progress.note, scenario.name),
+            )
+        except ServerError as error:
+            print(f"loadtest: {scenario.name}: {error}", file=sys.stderr)
+            continue
+        finally:
+            progress.next()
         results.append(result)
         if file is None:
             print(f"wrote results/{save(result).name}")
@@ -105,7 +107,7 @@ def _run(scenarios: Sequence[Scenario], rounds: int | None, quick: bool, pin: bo
             save(result, file)
     if file is not None and len(scenarios) > 1:
         file.write_text(json.dumps([result.to_json() for result in results], ensure_ascii=False) + "\n")
-    return results
+    return 0 if len(results) == len(scenarios) and all(_complete(result) for result in results) else 1
 
 
 def _attack(quick: bool, pairs: int | None, pin: bool, file: Path | None) -> int:

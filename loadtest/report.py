@@ -1,9 +1,12 @@
 """REPORT.md, made from the newest result of each scenario and nothing else."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from loadtest.charts import Chart
+from loadtest.pictures import draw
 from loadtest.results import (
     CLIENT_BOUND_BUSY,
     DISTURBED,
@@ -15,8 +18,11 @@ from loadtest.results import (
     Result,
     newest,
 )
+from loadtest.scenario import Scenario
 
 REPORT: Final = Path(__file__).parent / "REPORT.md"
+CHARTS: Final = "charts"
+"""The directory beside the report where its pictures are."""
 
 INTRODUCTION: Final = f"""\
 # PushUp and its peers, measured
@@ -41,28 +47,61 @@ How it was measured:
 """
 
 
-def write(order: Sequence[str] = (), results: Path = RESULTS, report: Path = REPORT) -> Path:
-    """Write the report; scenarios in that order, others after them. Raises FileNotFoundError without any result."""
+def write(scenarios: Mapping[str, Scenario], results: Path = RESULTS, report: Path = REPORT) -> Path:
+    """Write the report and its pictures; scenarios in that order, those that no longer exist after them.
+
+    Raises FileNotFoundError without any result.
+    """
     found = newest(results)
     if not found:
         raise FileNotFoundError("there are no results; run something first")
-    names = [name for name in order if name in found] + sorted(set(found) - set(order))
-    report.write_text(render([(found[name][0].name, found[name][1]) for name in names]))
+    names = [name for name in scenarios if name in found] + sorted(set(found) - set(scenarios))
+    sections = [Section(found[name][0].name, found[name][1], scenarios.get(name)) for name in names]
+    report.write_text(render(sections))
+    directory = report.parent / CHARTS
+    directory.mkdir(exist_ok=True)
+    for old in directory.glob("*.svg"):
+        old.unlink()
+    for section in sections:
+        for block in section.blocks():
+            if isinstance(block, Chart):
+                draw(block, directory)
     return report
 
 
-def render(results: Sequence[tuple[str, Result]]) -> str:
-    """The report's text. `results`: file name and result of each scenario, in order."""
+@dataclass(frozen=True)
+class Section:
+    """One result, in a file of that name, and the scenario that it is of, if there still is one."""
+
+    file: str
+    result: Result
+    scenario: Scenario | None = None
+
+    def blocks(self) -> Sequence[str | Chart]:
+        """The scenario's own tables and charts."""
+        if self.scenario is None or self.scenario.show is None:
+            return ()
+        return self.scenario.show(self.result)
+
+    @property
+    def by_case(self) -> bool:
+        """Whether there is a table for each case."""
+        return self.scenario is None or self.scenario.by_case
+
+
+def render(sections: Sequence[Section]) -> str:
+    """The report's text."""
     parts = [INTRODUCTION]
-    judged = [(result, target) for _, result in results for target in result.targets]
+    judged = [(section.result, target) for section in sections for target in section.result.targets]
     if judged:
         parts.append("## Targets\n")
         parts.append(show_targets([(f"{result.scenario}: ", target) for result, target in judged]))
-    parts.extend(_scenario(name, result) for name, result in results)
+    parts.extend(_section(section) for section in sections)
     return "\n".join(parts)
 
 
-def _scenario(name: str, result: Result) -> str:
+def _section(section: Section) -> str:
+    name, result = section.file, section.result
     medians = Medians(result.measurements)
     lines = [f"## {result.scenario}", "", result.question, ""]
     if result.quick:
@@ -76,7 +115,9 @@ def _scenario(name: str, result: Result) -> str:
         *_doubts(result.measurements),
         "",
     ]
-    for case, parameters in result.parameters.items():
+    for block in section.blocks():
+        lines += [f"![{block.title}]({CHARTS}/{block.name}.svg)" if isinstance(block, Chart) else block, ""]
+    for case, parameters in result.parameters.items() if section.by_case else ():
         lines += [f"### {result.scenario}: {case}", "", f"Parameters: {show_facts(parameters)}.", ""]
         lines += [_table(medians, case), ""]
     if result.targets:

@@ -4,7 +4,7 @@ import os
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 from loadtest.charts import Chart
@@ -37,7 +37,7 @@ class Scenario:
 
     `measure` yields each measurement when it is made; one that failed says why. `parameters` belong to its cases, by
     name. `rounds` and `seconds`: as many of the first as `--rounds` does not say otherwise, and how long it all takes,
-    about. `show`: the tables and plots that the report has beside its own.
+    about. `show`: tables (Markdown) and charts for the report; `by_case`: whether it has a table of each case, too.
     """
 
     name: str
@@ -48,7 +48,8 @@ class Scenario:
     rounds: int
     seconds: float
     targets: tuple[Target, ...] = ()
-    show: "Callable[[Result], Sequence[str | Chart]] | None" = field(default=None)
+    show: Callable[[Result], Sequence[str | Chart]] | None = None
+    by_case: bool = True
 
 
 def run(
