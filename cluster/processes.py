@@ -24,12 +24,8 @@ SIGNAL_S: Final = 10.0
 
 LOGS: Final = "logs"
 LOG_LINES: Final = 15
-PACKAGES: Final[Mapping[str, str]] = {
-    "haproxy": "haproxy",
-    "redis-server": "redis-server",
-    "redis-cli": "redis-tools",
-}
-"""The Debian package of each program. Sentinel is redis-server, called with --sentinel."""
+PACKAGES: Final[Mapping[str, str]] = {"redis-cli": "redis-tools"}
+"""The Debian packages of programs that are not called like them. Sentinel is redis-server, called with --sentinel."""
 
 # Debian does not have it in everybody's PATH.
 SYSTEM_PATH: Final = ":/usr/local/sbin:/usr/sbin"
@@ -56,7 +52,7 @@ def find_programs(*names: str) -> Sequence[str]:
     missing = [name for name in names if not found[name]]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
-        packages = " ".join(PACKAGES[name] for name in missing)
+        packages = " ".join(PACKAGES.get(name, name) for name in missing)
         raise Refused(f"{' and '.join(missing)} {verb} missing; on Debian: apt-get install {packages}")
     return [program for program in found.values() if program]
 

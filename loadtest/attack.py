@@ -10,19 +10,20 @@ import subprocess
 import sys
 import time
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from math import ceil
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
+from cluster.nodes import ROOT
 from loadtest.attack_report import ATTACK, CALM, AttackResult, PhaseResult
 from loadtest.attackers import Crowd, Siege, Toll
 from loadtest.audience import Audience, Phase
 from loadtest.machine import PAGE_BYTES, Cores, facts, plan_cores, ran
 from loadtest.results import percentile, utc_now
-from loadtest.servers import HOST, REPOSITORY, PushUp, ServerError, free_port
+from loadtest.servers import PushUp, ServerError, get
 from pushup.settings import load
 
 DESCRIPTORS_MAX: Final = 20_000
@@ -106,12 +107,12 @@ class Node(PushUp):
     """One node as it comes, but for the plan's settings."""
 
     def __init__(self, cores: Cores, descriptors: int, settings: Mapping[str, str]) -> None:
-        super().__init__(cores, descriptors)
-        self.settings = {"trusted_proxies": NOBODY, "drain_window": "0", **settings}
+        super().__init__(cores, descriptors, {"trusted_proxies": NOBODY, "drain_window": "0", **settings})
 
     def metrics(self) -> str:
         """What it counted, in the Prometheus text format."""
-        status, text = self._get(self._admin_port, "/metrics")
+        (address,) = self.admin_addresses
+        status, text = get(address, "/metrics")
         if status != 200:
             raise ServerError(f"PushUp's /metrics was answered {status}")
         return text
@@ -119,16 +120,6 @@ class Node(PushUp):
     def resident_bytes(self) -> int:
         """Resident memory. Costs the node nothing, unlike `memory`."""
         return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in self.pids) * PAGE_BYTES
-
-    def _command(self) -> Sequence[str]:
-        self._admin_port = free_port()
-        settings = {
-            "listen": f"{HOST}:{self.address[1]}",
-            "admin_listen": f"{HOST}:{self._admin_port}",
-            **self.settings,
-        }
-        flags = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", value)]
-        return [sys.executable, "-m", "pushup", "serve", *flags]
 
 
 class Besiegers:
@@ -144,7 +135,7 @@ class Besiegers:
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "loadtest.attackers"],
-            cwd=REPOSITORY,
+            cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,

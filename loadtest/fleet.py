@@ -1,4 +1,4 @@
-"""The clients: thousands of keep-alive connections to one server, in one process, on one epoll loop.
+"""The clients: thousands of keep-alive connections to a server, in one process, on one epoll loop.
 
 Every answer gets the time at which `recv` returned it, and is checked to the last byte before it counts.
 """
@@ -83,12 +83,13 @@ class _Publisher:
 class Fleet:
     """Connections to one server, open from their making to the end of the `with` block.
 
-    `spin`: never sleep while answers are due; to wake a sleeping client costs the server time that it would not spend
-    on a client elsewhere. Raises FleetError for whatever the server does wrong; the fleet is then of no further use.
+    `addresses`: those of its nodes; connections of either kind go to each in turn. `spin`: never sleep while answers
+    are due; to wake a sleeping client costs the server time that it would not spend on a client elsewhere. Raises
+    FleetError for whatever the server does wrong; the fleet is then of no further use.
     """
 
-    def __init__(self, address: tuple[str, int], dialect: Dialect, *, spin: bool = False) -> None:
-        self._address = address
+    def __init__(self, addresses: Sequence[tuple[str, int]], dialect: Dialect, *, spin: bool = False) -> None:
+        self._addresses = addresses
         self._dialect = dialect
         self._spin = spin
         self._epoll = select.epoll()
@@ -264,13 +265,13 @@ class Fleet:
         deadline = time.monotonic() + CONNECT_S
         for first in range(0, count, CONNECT_BURST):
             burst = []
-            for _ in range(min(CONNECT_BURST, count - first)):
+            for number in range(first, min(first + CONNECT_BURST, count)):
                 connection = socket.socket()
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 burst.append(connection)
                 try:
                     connection.settimeout(max(deadline - time.monotonic(), 0.001))
-                    connection.connect(self._address)
+                    connection.connect(self._addresses[number % len(self._addresses)])
                 except OSError as error:
                     for opened in burst:
                         opened.close()

@@ -38,6 +38,7 @@ class Scenario:
     `measure` yields each measurement when it is made; one that failed says why. `parameters` belong to its cases, by
     name. `rounds` and `seconds`: as many of the first as `--rounds` does not say otherwise, and how long it all takes,
     about. `show`: tables (Markdown) and charts for the report; `by_case`: whether it has a table of each case, too.
+    `pinned`: whether server and client get a core each where there are two.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Scenario:
     targets: tuple[Target, ...] = ()
     show: Callable[[Result], Sequence[str | Chart]] | None = None
     by_case: bool = True
+    pinned: bool = True
 
 
 def run(
@@ -65,7 +67,7 @@ def run(
     """Measure; `note` hears of each measurement. Raises ServerError if a server is missing."""
     versions = {server.name: server.versions() for server in scenario.servers}
     mine = os.sched_getaffinity(0)
-    cores = plan_cores(mine) if pin else Cores(frozenset(mine), frozenset(mine))
+    cores = plan_cores(mine) if pin and scenario.pinned else Cores(frozenset(mine), frozenset(mine))
     how = Run(rounds, quick, cores, resource.getrlimit(resource.RLIMIT_NOFILE)[0], share)
     started, begin = utc_now(), time.monotonic()
     measurements = []
@@ -104,7 +106,7 @@ class Bench:
 
     def fleet(self) -> Fleet:
         """Clients of the server."""
-        return Fleet(self.server.address, self.server.dialect, spin=self.spin)
+        return Fleet(self.server.addresses, self.server.dialect, spin=self.spin)
 
 
 @dataclass(frozen=True)

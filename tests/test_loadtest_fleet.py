@@ -102,7 +102,7 @@ def publication(number: int, polls: int, channel: str = "a") -> Publication:
 
 
 def parked_fleet(server: Scripted, polls: int, *, spin: bool = False) -> Fleet:
-    fleet = Fleet(server.address, DIALECT, spin=spin)
+    fleet = Fleet([server.address], DIALECT, spin=spin)
     fleet.add_publishers(1)
     fleet.add_pollers([("a",)] * polls)
     fleet.park()
@@ -223,5 +223,5 @@ def test_an_answer_nobody_waited_for_fails() -> None:
 def test_nobody_listening_fails() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        with Fleet(taken.getsockname(), DIALECT) as fleet, pytest.raises(FleetError, match="cannot connect"):
+        with Fleet([taken.getsockname()], DIALECT) as fleet, pytest.raises(FleetError, match="cannot connect"):
             fleet.add_publishers(1)
