@@ -83,8 +83,8 @@ class Channel:
         self.alone = (self,)
         self.parked: dict[Subscription, None] = {}
         """In the order they came. So a fan-out meets connections, and their memory, in the order they were made."""
-        self.unsure: set[Subscription] = set()
-        """Those of `parked` that wait for `learn`."""
+        self.unsure: dict[Subscription, None] = {}
+        """Those of `parked` that wait for `learn`. As a rule none, and an empty dictionary is smaller than a set."""
         self.backlog = Backlog(MAX_ID, whole=False)
         self.known = False
         """Whether the backlog holds every message the channel had since `backlog.floor`."""
@@ -167,23 +167,29 @@ class Hub:
     # Subscribing
 
     def park(self, poll: Poll, owner: Owner, deadline: float) -> Subscription | None:
-        """The short cut of `subscribe` for the most frequent poll: one known channel, and nothing new. Else None.
+        """The short cut of `subscribe` for the most frequent poll: all channels known, and nothing new. Else None.
 
-        O(1), or O(log n) for the first poll of a tick.
+        O(1) per channel, or O(log n) for the first poll of a tick.
         """
-        channel = self._channels.get(poll.channels[0])
-        if channel is None or not channel.known or not poll.timeout or poll.end != MAX_ID or len(poll.channels) > 1:
-            return None
-        backlog = channel.backlog
         start = poll.start
-        if start <= backlog.tail or start < backlog.floor or start <= channel.blind[1]:
+        if not poll.timeout or poll.end != MAX_ID:
             return None
+        channels: list[Channel] = []
+        for name in poll.channels:
+            channel = self._channels.get(name)
+            if channel is None or not channel.known:
+                return None
+            backlog = channel.backlog
+            if start <= backlog.tail or start < backlog.floor or start <= channel.blind[1]:
+                return None
+            channels.append(channel)
         tick = int(deadline * TICKS_PER_SECOND) + 1
-        subscription = Subscription(channel.alone, start, MAX_ID, tick, owner)
-        parked = channel.parked
-        if not parked:
-            self._idle.pop(channel, None)
-        parked[subscription] = None
+        known = tuple(channels) if len(channels) > 1 else channels[0].alone
+        subscription = Subscription(known, start, MAX_ID, tick, owner)
+        for channel in channels:
+            if not channel.parked:
+                self._idle.pop(channel, None)
+            channel.parked[subscription] = None
         self._await_deadline(subscription)
         self.parked += 1
         return subscription
@@ -202,6 +208,7 @@ class Hub:
         if poll.end < MAX_ID:
             timeout = min(timeout, max(poll.end + 1 - self.position, 0) / 1e6)
         channels = tuple([self._channels.get(name) or self._open(name) for name in poll.channels])
+        poll.channels = tuple([channel.name for channel in channels])  # Equal, but shared by all who remember polls.
         tick = math.ceil((now + timeout) * TICKS_PER_SECOND)
         subscription = Subscription(channels, start, poll.end, tick, owner, parks)
         if start == LATEST:
@@ -212,7 +219,7 @@ class Hub:
         for channel in channels:
             if not (channel.known and channel.backlog.covers(start)):
                 self._want(channel, start)
-                channel.unsure.add(subscription)
+                channel.unsure[subscription] = None
                 subscription.unknown += 1
         if not subscription.unknown:
             answer = self._answer_now(subscription)
@@ -281,7 +288,7 @@ class Hub:
         if channel.backlog.tail > had.tail:
             # Read ahead of its announcement, which will not be news any more when it comes.
             ready = [subscription for subscription in channel.parked if not subscription.unknown]
-        waited, channel.unsure = channel.unsure, set()
+        waited, channel.unsure = channel.unsure, {}
         for subscription in waited:
             if channel.backlog.covers(subscription.start):
                 subscription.unknown -= 1
@@ -291,7 +298,7 @@ class Hub:
                 if not subscription.unknown:
                     ready.append(subscription)
             else:
-                channel.unsure.add(subscription)
+                channel.unsure[subscription] = None
                 self._want(channel, subscription.start)
         return self._settle(ready, now)
 
@@ -437,7 +444,7 @@ class Hub:
                 if not parked:
                     self._idle[channel] = now
                 if subscription.unknown:
-                    channel.unsure.discard(subscription)
+                    channel.unsure.pop(subscription, None)
         if self._held:
             self._held.difference_update(subscriptions)
         self.parked -= len(subscriptions)
@@ -456,7 +463,7 @@ class Hub:
         # What is here stays true: reading on from the tail is enough, unless somebody waits for older messages.
         self._want(channel, channel.backlog.tail + 1)
         channel.early.clear()
-        for subscription in channel.parked.keys() - channel.unsure:
+        for subscription in channel.parked.keys() - channel.unsure.keys():
             self._silence(subscription, channel)
 
     def _trim(self, channel: Channel, count: int) -> None:
@@ -492,7 +499,7 @@ class Hub:
             self._ignore_deadline(subscription)
             self._held.discard(subscription)
         subscription.unknown += 1
-        channel.unsure.add(subscription)
+        channel.unsure[subscription] = None
 
     def _answer_now(self, subscription: Subscription) -> Answer | None:
         """What there is to say to a subscription whose channels are all known; None: nothing yet."""

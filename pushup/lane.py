@@ -16,12 +16,13 @@ from email.utils import formatdate
 from math import inf
 from socket import SO_LINGER, SOL_SOCKET
 from time import time
-from typing import Final, NamedTuple, Protocol, cast
+from typing import Final, Protocol, cast
 
+from pushup.asked import Asked, Memory
 from pushup.errors import PROBLEM_TYPE, HeadTooLarge, InvalidRequest, OriginNotAllowed, PushUpError, TokenExpired
 from pushup.head import Head, Way, is_malformed, parse_head
 from pushup.hub import Subscription
-from pushup.messages import Answer, Poll
+from pushup.messages import Answer
 from pushup.node import Node
 from pushup.origins import NOT_ALLOWED
 from pushup.peers import Peer, parse_proxy_header
@@ -67,62 +68,6 @@ NO_BODY: Final = 4
 
 
 _NO_LINGER: Final = struct.pack("ii", 1, 0)
-_MEMORY_BYTES_MAX: Final = 16 * 1024 * 1024
-_LINE_BYTES: Final = 300
-_CHANNEL_BYTES: Final = 60
-"""About what a remembered poll takes beside the bytes, and each of its channels."""
-_SENDER_BYTES: Final = 400
-"""About what a remembered sender takes beside the bytes."""
-
-
-class Asked(NamedTuple):
-    """What a request line asks for: a poll of a realm, perhaps with a token."""
-
-    realm: Realm
-    poll: Poll
-    token: str | None
-
-
-class Memory:
-    """What was parsed of recent polls, by the bytes it was parsed from.
-
-    A client sends the same header fields with each of its polls, and all clients of a channel the same request line
-    after the same answer. Both are remembered, apart: what llhttp makes of the fields does not depend on the line
-    beyond its method and version, and only `GET … HTTP/1.1` without a body is remembered. Bytes that differ in
-    anything are parsed. Forgets everything when it holds `_MEMORY_BYTES_MAX`.
-    """
-
-    __slots__ = ("_fields", "_lines", "_size")
-
-    def __init__(self) -> None:
-        self._lines: dict[bytes, Asked] = {}
-        self._fields: dict[bytes, tuple[int, Sender]] = {}
-        """From the end of the request line to the blank line inclusive; to how it is answered, and whom."""
-        self._size = 0
-
-    def recall(self, data: bytes) -> tuple[Asked, tuple[int, Sender]] | None:
-        """What `learn` was told of such a request: what is asked, how it is answered, and whom. O(n)."""
-        cut = data.find(b"\r\n")
-        asked = self._lines.get(data[:cut])
-        if asked is None:
-            return None
-        fields = self._fields.get(data[cut:])
-        return None if fields is None else (asked, fields)
-
-    def learn(self, data: bytes, asked: Asked, how: int, sender: Sender) -> None:
-        """Remember a request that is nothing but a head, and was taken."""
-        cut = data.find(b"\r\n")
-        line, fields = data[:cut], data[cut:]
-        if not (line.startswith(b"GET ") and line.endswith(b" HTTP/1.1")):
-            return
-        self._size += (len(line) + _LINE_BYTES + _CHANNEL_BYTES * len(asked.poll.channels)) * (line not in self._lines)
-        self._size += (len(fields) + _SENDER_BYTES) * (fields not in self._fields)
-        if self._size > _MEMORY_BYTES_MAX:
-            self._lines.clear()
-            self._fields.clear()
-            self._size = len(data)
-        self._lines[line] = asked
-        self._fields[fields] = how, sender
 
 
 class WebConnection(Protocol):
@@ -366,7 +311,7 @@ class Lane(asyncio.Protocol):
                 # The short cut for a poll like others before it.
                 known = self._lanes.memory.recall(data)
                 if known is not None:
-                    asked, (self._how, self._sender) = known
+                    asked, self._how, self._sender = known
                     self._ask(asked, data)
                     return
             if self._buffer:

@@ -38,7 +38,9 @@ LADDER = {
     "node": ("broker", "errors", "hub", "messages", "metrics", "settings", "version"),
     "realm": ("access", "errors", "node", "quota", "sender", "tokens"),
     "service": ("access", "metrics", "origins", "peers", "realm", "sender", "settings"),
+    "asked": ("messages", "realm", "sender"),
     "lane": (
+        "asked",
         "errors",
         "head",
         "hub",

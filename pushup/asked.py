@@ -1,0 +1,121 @@
+"""What polls ask for, remembered by the bytes they came in, so that hardly a poll is parsed."""
+
+from typing import Final, NamedTuple
+
+from pushup.messages import MAX_ID, Poll
+from pushup.realm import Realm
+from pushup.sender import Sender
+
+_START: Final = b"&start="
+_CURSOR_DIGITS: Final = 16
+"""Of every id from the year 2001 on, and of the largest."""
+
+_MEMORY_BYTES_MAX: Final = 16 * 1024 * 1024
+_LINE_BYTES: Final = 300
+_CHANNEL_BYTES: Final = 8
+"""About what a remembered poll takes beside the bytes, and each of its channels, whose names are the hub's."""
+_SENDER_BYTES: Final = 400
+"""About what a remembered sender takes beside the bytes."""
+
+
+class Asked(NamedTuple):
+    """What a request line asks for: a poll of a realm, perhaps with a token."""
+
+    realm: Realm
+    poll: Poll
+    token: str | None
+
+
+Known = tuple[Asked, int, Sender]
+"""What is asked, how it is answered, and whom."""
+
+
+class Memory:
+    """What was parsed of recent polls, by the bytes it was parsed from.
+
+    A client sends the same header fields with each of its polls, and the same request line but for the cursor. Both are
+    remembered, apart: what llhttp makes of the fields does not depend on the line beyond its method and version, and
+    only `GET … HTTP/1.1` without a body is remembered. Bytes that differ in anything but the digits of the cursor are
+    parsed. Forgets everything when it holds `_MEMORY_BYTES_MAX`.
+    """
+
+    __slots__ = ("_asked", "_fields", "_known", "_latest", "_line", "_lines", "_shapes", "_size")
+
+    _asked: Asked
+    """What `_line` asks for."""
+    _known: Known
+    """What is known of `_latest`."""
+
+    def __init__(self) -> None:
+        self._lines: dict[bytes, Asked] = {}
+        """By whole request lines."""
+        self._shapes: dict[bytes, Asked] = {}
+        """By request lines whose cursor was cut out; of polls without an end, which fits any cursor."""
+        self._fields: dict[bytes, tuple[int, Sender]] = {}
+        """From the end of the request line to the blank line inclusive; to how it is answered, and whom."""
+        self._size = 0
+        self._latest: bytes | None = None
+        """The last request that was recalled, as all clients of a channel say the same after the same answer."""
+        self._line: bytes | None = None
+        """The last request line, as they do but for their header fields."""
+
+    def recall(self, data: bytes) -> Known | None:
+        """What `learn` was told of such a request. O(n)."""
+        if data == self._latest:
+            return self._known
+        cut = data.find(b"\r\n")
+        fields = self._fields.get(data[cut:])
+        if fields is None:
+            return None
+        line = data[:cut]
+        if line != self._line:
+            asked = self._recall_shape(line) or self._lines.get(line)
+            if asked is None:
+                return None
+            self._line, self._asked = line, asked
+        self._latest, self._known = data, (self._asked, *fields)
+        return self._known
+
+    def learn(self, data: bytes, asked: Asked, how: int, sender: Sender) -> None:
+        """Remember a request that is nothing but a head, and was taken."""
+        cut = data.find(b"\r\n")
+        line, fields = data[:cut], data[cut:]
+        if not (line.startswith(b"GET ") and line.endswith(b" HTTP/1.1")):
+            return
+        lines, key = self._lines, line
+        shape = _cut_cursor(line)
+        if shape is not None and asked.poll.end == MAX_ID:
+            lines, key = self._shapes, shape[0]
+        self._size += (len(key) + _LINE_BYTES + _CHANNEL_BYTES * len(asked.poll.channels)) * (key not in lines)
+        self._size += (len(fields) + _SENDER_BYTES) * (fields not in self._fields)
+        if self._size > _MEMORY_BYTES_MAX:
+            for remembered in (self._lines, self._shapes, self._fields):
+                remembered.clear()
+            self._latest = self._line = None
+            self._size = len(data)
+        lines[key] = asked
+        self._fields[fields] = how, sender
+
+    def _recall_shape(self, line: bytes) -> Asked | None:
+        """A poll as before, but for its cursor."""
+        shape = _cut_cursor(line)
+        if shape is None:
+            return None
+        key, cursor = shape
+        asked = self._shapes.get(key)
+        if asked is None:
+            return None
+        realm, poll, token = asked
+        return Asked(realm, Poll(poll.channels, cursor, poll.end, poll.timeout), token)
+
+
+def _cut_cursor(line: bytes) -> tuple[bytes, int] | None:
+    """A request line without the digits of its cursor, and the cursor; None if there is none that can be found so.
+
+    In a line that is known to be a poll's, the first `&start=` can be nothing but the parameter.
+    """
+    begin = line.find(_START) + len(_START)
+    digits = line[begin : begin + _CURSOR_DIGITS]
+    if begin < len(_START) or not digits.isdigit() or digits.startswith(b"0") or (cursor := int(digits)) > MAX_ID:
+        return None
+    return line[:begin] + line[begin + len(digits) :], cursor

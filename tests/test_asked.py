@@ -1,0 +1,199 @@
+"""What is remembered of polls: as much as parsing would find, and never anything else."""
+
+import sys
+from itertools import permutations
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import pushup.asked
+from pushup.asked import Asked, Memory
+from pushup.errors import PushUpError
+from pushup.head import Way, parse_head
+from pushup.memory import MemoryBroker
+from pushup.messages import MAX_ID
+from pushup.metrics import Metrics
+from pushup.node import Node
+from pushup.realm import Realm
+from pushup.sender import NOBODY
+from pushup.settings import Settings
+from pushup.wire import find_token, parse_poll_query
+
+SETTINGS = Settings()
+REALM: Any = object()
+CURSOR = 1_700_000_000_000_000
+HOW = 1
+
+
+def request(query: str, *fields: str) -> bytes:
+    lines = "".join(field + "\r\n" for field in ("Host: test", *fields))
+    return f"GET /poll?{query} HTTP/1.1\r\n{lines}\r\n".encode()
+
+
+def parse(data: bytes) -> Asked | None:
+    """What the lane makes of a request that it does not remember; None if it is no poll, or a wrong one."""
+    head = parse_head(data)
+    if head.way is not Way.POLL:
+        return None
+    try:
+        return Asked(REALM, parse_poll_query(head.query, SETTINGS), find_token(head.query))
+    except PushUpError:
+        return None
+
+
+def learned(*requests: bytes) -> Memory:
+    memory = Memory()
+    for data in requests:
+        asked = parse(data)
+        assert asked is not None
+        memory.learn(data, asked, HOW, NOBODY)
+    return memory
+
+
+def test_a_request_that_was_learned_is_known() -> None:
+    """With what is asked, how it is answered, and whom."""
+    data = request("channel=a&start=5")
+
+    assert learned(data).recall(data) == (parse(data), HOW, NOBODY)
+
+
+def test_another_cursor_needs_no_parsing() -> None:
+    """The poll that follows an answer is the one before, from another id on. Both share the names of the channels."""
+    memory = learned(request(f"channel=a&channel=b&start={CURSOR}&timeout=9"))
+
+    known = [memory.recall(request(f"channel=a&channel=b&start={CURSOR + n}&timeout=9")) for n in (1, 2)]
+
+    assert [asked and asked[0].poll.start for asked in known] == [CURSOR + 1, CURSOR + 2]
+    assert known[0] is not None
+    assert known[1] is not None
+    assert known[0][0].poll.channels is known[1][0].poll.channels
+
+
+def test_other_fields_are_another_request() -> None:
+    """Also where the line is the same."""
+    memory = learned(request(f"channel=a&start={CURSOR}"))
+
+    assert memory.recall(request(f"channel=a&start={CURSOR}", "Cookie: a=b")) is None
+
+
+@pytest.mark.parametrize("cursor", ["", "0", "latest", "-1", CURSOR // 10, CURSOR * 10, f"0{CURSOR // 10}", MAX_ID + 1])
+def test_what_is_no_usual_cursor_is_parsed(cursor: object) -> None:
+    """Ids have 16 digits; what has more or less, or is above all ids, does not pass for one."""
+    memory = learned(request(f"channel=a&start={CURSOR}"))
+
+    assert memory.recall(request(f"channel=a&start={cursor}")) is None
+
+
+def test_a_range_that_ends_is_remembered_as_it_is() -> None:
+    """Another start might lie after its end."""
+    data = request(f"channel=a&start={CURSOR}&end={CURSOR}")
+    memory = learned(data)
+
+    assert memory.recall(data) is not None
+    assert memory.recall(request(f"channel=a&start={CURSOR + 1}&end={CURSOR}")) is None
+
+
+def test_only_plain_heads_are_remembered() -> None:
+    """What llhttp makes of the fields depends on method and version."""
+    data = request("channel=a").replace(b"GET", b"HEAD")
+    old = request("channel=a").replace(b"HTTP/1.1", b"HTTP/1.0")
+    memory = learned(data, old)
+
+    assert memory.recall(data) is None
+    assert memory.recall(old) is None
+
+
+def test_everything_is_forgotten_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rather than grow beyond its limit, also what was just recalled."""
+    data = request(f"channel=a&start={CURSOR}")
+    memory = learned(data)
+    assert memory.recall(data) is not None
+    monkeypatch.setattr(pushup.asked, "_MEMORY_BYTES_MAX", 1000)
+
+    other = request("channel=b")
+    asked = parse(other)
+    assert asked is not None
+    memory.learn(other, asked, HOW, NOBODY)
+
+    assert memory.recall(data) is None
+    assert memory.recall(other) is not None
+
+
+def test_the_size_counts_more_than_the_bytes() -> None:
+    """What is remembered is counted with the objects around it, and once."""
+    data = request(f"channel=a&start={CURSOR}")
+    memory = learned(data, data, request(f"channel=a&start={CURSOR + 1}"))
+
+    assert len(memory._shapes) == 1
+    assert memory._size > sum(sys.getsizeof(shape) + 250 for shape in memory._shapes)
+
+
+_PARTS = (
+    "channel=a",
+    "channel=start=",
+    "channel=%26start=",
+    f"channel=start={CURSOR}",
+    f"channel=a?start={CURSOR}",
+    f"start={CURSOR}",
+    f"start={CURSOR + 1}",
+    f"start={CURSOR}7",
+    f"start={CURSOR}&",
+    "start=",
+    f"%73tart={CURSOR}",
+    f"xstart={CURSOR}",
+    f"end={CURSOR}",
+    f"token=t&start={CURSOR}",
+    "timeout=9",
+)
+queries = st.lists(st.sampled_from(_PARTS), min_size=1, max_size=4).map("&".join)
+
+
+@given(st.lists(queries, max_size=6), queries)
+def test_what_is_known_is_what_parsing_finds(before: list[str], query: str) -> None:
+    """Whatever was learned before: a request is unknown, or it is what it would be if it were parsed."""
+    _compare(before, query)
+
+
+def test_every_order_of_parameters() -> None:
+    """The same of each pair of requests whose parameters are in any order."""
+    orders = ["&".join(order) for order in permutations(("channel=a", f"start={CURSOR}", "timeout=9"))]
+    for first in orders:
+        for second in orders:
+            _compare([first], second.replace(str(CURSOR), str(CURSOR + 1)))
+
+
+def _compare(before: list[str], query: str) -> None:
+    memory = Memory()
+    for data in map(request, before):
+        asked = parse(data)
+        if asked is not None:
+            memory.learn(data, asked, HOW, NOBODY)
+    data = request(query)
+
+    for _ in range(2):
+        known = memory.recall(data)
+
+        if known is not None:
+            assert known == (parse(data), HOW, NOBODY)
+
+
+async def test_names_are_shared_with_the_hub() -> None:
+    """A poll that was subscribed has the names of the channels that wait for it, so a remembered one has none."""
+    node = Node(MemoryBroker(), SETTINGS, Metrics())
+    realm = Realm(node, None)
+    polls = [parse_poll_query("channel=some-name&channel=other", realm.settings) for _ in range(2)]
+
+    for poll in polls:
+        node.poll(poll, Silent())
+
+    assert polls[0].channels[0] is polls[1].channels[0]
+
+
+class Silent:
+    """Nobody."""
+
+    def answer(self, answer: object) -> None: ...
+
+    def fail(self, error: object) -> None: ...
