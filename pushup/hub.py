@@ -32,6 +32,11 @@ DEFAULT_ANSWER_BYTES: Final = 1024 * 1024
 DEFAULT_BACKLOG: Final = 1000
 DEFAULT_LINGER_S: Final = 60.0
 
+ANSWERS_BYTES_MAX: Final = 4 * 1024 * 1024
+"""How much of the latest answers is kept for polls that are to be told the same."""
+_ANSWER_BYTES: Final = 500
+"""About what an answer takes beside its text."""
+
 
 class Owner(Protocol):
     """Where a subscription's one answer goes. Exactly one of the two is called, once, unless the owner left before."""
@@ -66,6 +71,7 @@ class Channel:
         "alone",
         "backlog",
         "blind",
+        "changes",
         "doubts",
         "early",
         "known",
@@ -84,8 +90,10 @@ class Channel:
         self.parked: dict[Subscription, None] = {}
         """In the order they came. So a fan-out meets connections, and their memory, in the order they were made."""
         self.unsure: dict[Subscription, None] = {}
-        """Those of `parked` that wait for `learn`. As a rule none, and an empty dictionary is smaller than a set."""
+        """Those of `parked` that wait for `learn`, in the same order. (As a rule none, and an empty set is larger.)"""
         self.backlog = Backlog(MAX_ID, whole=False)
+        self.changes = 0
+        """How often the backlog has changed."""
         self.known = False
         """Whether the backlog holds every message the channel had since `backlog.floor`."""
         self.doubts = 0
@@ -109,12 +117,14 @@ class Channel:
 class Read:
     """A channel that the broker must be asked for, from the id `start` on."""
 
-    __slots__ = ("channel", "doubts", "start")
+    __slots__ = ("channel", "doubts", "first", "start")
 
     def __init__(self, channel: Channel, start: int) -> None:
         self.channel = channel
         self.start = start
         self.doubts = channel.doubts
+        self.first = not channel.known and not channel.backlog.tail
+        """Whether nothing is known of the channel yet."""
 
 
 Replies = Sequence[tuple[Answer, Sequence[Subscription]]]
@@ -144,6 +154,9 @@ class Hub:
         """Channels nobody waits for, the longest idle first, with the time they became so."""
         self._held: set[Subscription] = set()
         """Parked, though one of their channels has a message: the others have not been announced as far yet."""
+        self._answers: dict[tuple[tuple[Channel, ...], int, int, bool], tuple[int, Answer]] = {}
+        """The latest answers with messages, each with its channels' `changes` at the time, by what was asked."""
+        self._answers_bytes = 0
         self.position = 0
         """Every message of a known channel with a smaller id has been delivered; what comes later is not smaller."""
         self.parked = 0
@@ -271,6 +284,7 @@ class Hub:
             messages[:0] = had.range(0, floor - 1)
             floor = had.floor
         channel.backlog = Backlog(floor, history.tail, history.whole, messages)
+        channel.changes += 1
         if channel.known:
             # A read for older messages, while newer ones went on being delivered.
             for message in had.range(history.tail + 1, MAX_ID):
@@ -290,9 +304,13 @@ class Hub:
             ready = [subscription for subscription in channel.parked if not subscription.unknown]
         waited, channel.unsure = channel.unsure, {}
         for subscription in waited:
-            if channel.backlog.covers(subscription.start):
+            ahead = subscription.latest and subscription.start > history.position
+            if ahead and channel.name in self.wanted:
+                # It may have come after this read; the next one will tell.
+                channel.unsure[subscription] = None
+            elif channel.backlog.covers(subscription.start):
                 subscription.unknown -= 1
-                if subscription.latest and subscription.start > history.position:
+                if ahead:
                     # The broker's clock was set back since it was last heard of: the estimate is worth nothing.
                     subscription.start = subscription.latest
                 if not subscription.unknown:
@@ -300,6 +318,9 @@ class Hub:
             else:
                 channel.unsure[subscription] = None
                 self._want(channel, subscription.start)
+        if not channel.unsure:
+            # Whoever wanted another read, while this one was under way, has what it needs.
+            self.wanted.pop(channel.name, None)
         return self._settle(ready, now)
 
     def deliver(self, name: str, message: Message, prev: int, now: float) -> Replies:
@@ -322,6 +343,7 @@ class Hub:
                 self._doubt(channel)
                 return replies
             backlog.append(message)
+            channel.changes += 1
             self._trim(channel, channel.max_messages)
             if backlog.trim(self._backlog, 0):
                 # This node's own limit, not the channel's: the broker still has what was dropped here.
@@ -347,7 +369,10 @@ class Hub:
 
     def fail(self, read: Read, now: float) -> Sequence[Subscription]:
         """A read from `wanted` failed: the subscriptions that waited for it, no longer parked. O(their number)."""
-        failed = list(read.channel.unsure) if self.holds(read) else []
+        if not self.holds(read):
+            return ()
+        self.wanted.pop(read.channel.name, None)
+        failed = list(read.channel.unsure)
         self._remove(failed, now)
         return failed
 
@@ -390,6 +415,11 @@ class Hub:
         for channel in forgotten:
             self._forget(channel)
         return [channel.name for channel in forgotten]
+
+    def forget_answers(self) -> None:
+        """Share no answer from before with a later poll. To be called now and then: transports may date them. O(1)."""
+        self._answers.clear()
+        self._answers_bytes = 0
 
     # Inside
 
@@ -463,16 +493,17 @@ class Hub:
         # What is here stays true: reading on from the tail is enough, unless somebody waits for older messages.
         self._want(channel, channel.backlog.tail + 1)
         channel.early.clear()
-        for subscription in channel.parked.keys() - channel.unsure.keys():
+        for subscription in [s for s in channel.parked if s not in channel.unsure]:
             self._silence(subscription, channel)
 
     def _trim(self, channel: Channel, count: int) -> None:
         """Drop what the channel itself has dropped by now."""
-        channel.backlog.trim(count, self.position - int(channel.window * 1e6))
+        if channel.backlog.trim(count, self.position - int(channel.window * 1e6)):
+            channel.changes += 1
 
     def _settle(self, subscriptions: Iterable[Subscription], now: float) -> Replies:
         """Reply to those of these parked subscriptions, all of known channels, for which there is something to say."""
-        replies: list[tuple[Answer, Sequence[Subscription]]] = []
+        groups: dict[Answer, list[Subscription]] = {}
         for subscription in list(subscriptions):
             if not self._covers(subscription):
                 continue
@@ -480,9 +511,10 @@ class Hub:
             if answer is None:
                 self._await_deadline(subscription)
             else:
-                self._remove((subscription,), now)
-                replies.append((answer, (subscription,)))
-        return replies
+                groups.setdefault(answer, []).append(subscription)
+        for answered in groups.values():
+            self._remove(answered, now)
+        return list(groups.items())
 
     def _covers(self, subscription: Subscription) -> bool:
         """Whether its channels' backlogs still reach down to its start. While it waited, the node may have dropped some
@@ -510,17 +542,24 @@ class Hub:
             if known < end:
                 end = known
                 held = any(channel.backlog.tail > known for channel in subscription.channels)
-        gap = False
-        found: list[Message] = []
+        gap = news = False
+        changes = 0
         for channel in subscription.channels:
             backlog = channel.backlog
             if backlog:
                 self._trim(channel, len(backlog))
             gap = gap or channel.gap(start)
-            if start <= backlog.tail:
-                found += backlog.range(start, end)
-        if found:
-            return self._answer_messages(subscription, found, gap, end)
+            news = news or start <= backlog.tail
+            changes += channel.changes
+        if news:
+            asked = (subscription.channels, start, end, gap)
+            told = self._answers.get(asked)
+            if told is not None and told[0] == changes:
+                return told[1]
+            answer = self._answer_messages(subscription.channels, start, end, gap)
+            if answer is not None:
+                self._remember(asked, changes, answer)
+                return answer
         if gap:
             # Past all of it, or the next poll would be told of the same gap at once.
             beyond = max(channel.backlog.floor for channel in subscription.channels)
@@ -535,8 +574,17 @@ class Hub:
             self._held.add(subscription)
         return None
 
-    def _answer_messages(self, subscription: Subscription, found: list[Message], gap: bool, end: int) -> Answer:
-        names = tuple([channel.name for channel in subscription.channels])
+    def _remember(self, asked: tuple[tuple[Channel, ...], int, int, bool], changes: int, answer: Answer) -> None:
+        self._answers_bytes += _ANSWER_BYTES + sum([len(text) for _, text in answer.messages])
+        if self._answers_bytes > ANSWERS_BYTES_MAX:
+            self.forget_answers()
+        self._answers[asked] = changes, answer
+
+    def _answer_messages(self, channels: tuple[Channel, ...], start: int, end: int, gap: bool) -> Answer | None:
+        names = tuple([channel.name for channel in channels])
+        found = [message for channel in channels for message in channel.backlog.range(start, end)]
+        if not found:
+            return None
         if len(names) > 1:
             found = sorted({message.id: message for message in found}.values(), key=lambda message: message.id)
         shown: list[tuple[Message, bytes]] = []
@@ -550,7 +598,7 @@ class Hub:
         next = shown[-1][0].id + 1
         if gap and len(shown) == len(found):
             # Past every floor, or the next poll would be told of the same gap.
-            next = max(next, min(end + 1, max(channel.backlog.floor for channel in subscription.channels)))
+            next = max(next, min(end + 1, max(channel.backlog.floor for channel in channels)))
         return Answer(shown, next, "message", gap=gap)
 
     def _answer_message(self, channel: Channel, message: Message, now: float) -> Replies:

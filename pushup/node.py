@@ -10,7 +10,7 @@ from itertools import islice
 from pushup.broker import Broker, now_us
 from pushup.errors import ChannelNotFound, PushUpError, Unavailable
 from pushup.hub import TICKS_PER_SECOND, Hub, Owner, Read, Replies, Subscription
-from pushup.messages import Answer, Message, NodeInfo, Poll, Publication, Receipt, show_channel
+from pushup.messages import SECOND, Answer, Message, NodeInfo, Poll, Publication, Receipt, show_channel
 from pushup.metrics import Metrics, RealmMetrics
 from pushup.settings import Settings
 from pushup.version import __version__
@@ -21,6 +21,8 @@ HOUSEKEEPING_INTERVAL_S = 1.0
 DRAIN_STEP_S = 0.05
 READ_AT_ONCE = 512
 """Channels that share the time the broker has for a read."""
+READ_BEHIND_S = 30
+"""Of a channel that is new here so much more is read than its first poll wants: others come back, from about there."""
 NEVER = 2**62
 
 
@@ -48,6 +50,7 @@ class Node:
         self._housekeeper: asyncio.TimerHandle | None = None
         self._reading = False
         self._reads: set[asyncio.Task[None]] = set()
+        self._under_way: dict[str, Read] = {}
 
     @property
     def parked(self) -> int:
@@ -234,17 +237,35 @@ class Node:
 
     def _start_read(self) -> None:
         self._reading = False
-        wanted, self._hub.wanted = iter(self._hub.wanted.items()), {}
+        # A channel that is being read is read again only after that, if still need be: as a rule it serves all.
+        due = [name for name in self._hub.wanted if not self._is_read(name)]
+        wanted = iter([(name, self._hub.wanted.pop(name)) for name in due])
         while reads := dict(islice(wanted, READ_AT_ONCE)):
+            self._under_way.update(reads)
             task = self._loop.create_task(self._read(reads))
             self._reads.add(task)
             task.add_done_callback(self._reads.discard)
 
+    def _is_read(self, name: str) -> bool:
+        read = self._under_way.get(name)
+        return read is not None and self._hub.holds(read)
+
     async def _read(self, reads: Mapping[str, Read]) -> None:
         self.metrics.broker_reads += len(reads)
         try:
+            await self._fetch(reads)
+        finally:
+            for name, read in reads.items():
+                if self._under_way.get(name) is read:
+                    del self._under_way[name]
+        if self._hub.wanted:
+            self._read_soon()
+        self._rearm()
+
+    async def _fetch(self, reads: Mapping[str, Read]) -> None:
+        try:
             async with asyncio.timeout(self.settings.broker_timeout):
-                histories = await self.broker.watch({name: read.start for name, read in reads.items()})
+                histories = await self.broker.watch({name: _reach(read) for name, read in reads.items()})
         except (PushUpError, TimeoutError) as error:
             self.metrics.broker_read_errors += len(reads)
             log.warning("cannot read channels", extra={"channels": len(reads), "error": str(error) or "time-out"})
@@ -263,14 +284,10 @@ class Node:
                 self.broker.unwatch([name])
             else:
                 self._send(self._hub.learn(read, history, self._loop.time()))
-        if self._hub.wanted:
-            self._read_soon()
-        self._rearm()
 
     def _fail_all(self, reads: Mapping[str, Read]) -> None:
         for read in reads.values():
             self._fail(read, Unavailable("the broker did not answer in time"))
-        self._rearm()
 
     def _fail(self, read: Read, error: PushUpError) -> None:
         for subscription in self._hub.fail(read, self._loop.time()):
@@ -293,7 +310,13 @@ class Node:
         self._rearm()
 
     def _housekeep(self) -> None:
+        self._hub.forget_answers()
         forgotten = self._hub.forget_idle(self._loop.time())
         if forgotten:
             self.broker.unwatch(forgotten)
         self._housekeeper = self._loop.call_later(HOUSEKEEPING_INTERVAL_S, self._housekeep)
+
+
+def _reach(read: Read) -> int:
+    """From where on to ask for a channel's messages."""
+    return max(read.start - READ_BEHIND_S * SECOND, 0) if read.first else read.start

@@ -6,7 +6,7 @@ from itertools import count
 import pytest
 
 from pushup.errors import PushUpError
-from pushup.hub import TICKS_PER_SECOND, Hub, Read, Replies, Subscription
+from pushup.hub import ANSWERS_BYTES_MAX, TICKS_PER_SECOND, Hub, Read, Replies, Subscription
 from pushup.messages import LATEST, MAX_ID, Answer, History, Message, Poll
 
 WINDOW_S = 1000.0
@@ -646,6 +646,110 @@ def test_an_estimate_beyond_what_is_stored_is_not_believed() -> None:
     ((answer, _),) = hub.learn(take(hub, "a"), history(message(10, "a"), position=20), 0.0)
 
     assert [m.id for m, _ in answer.messages] == [10]
+
+
+def test_a_latest_poll_that_comes_during_a_read_waits_for_its_own() -> None:
+    """The read may have been done before it came: what was published in between is not news to it."""
+    hub = Hub()
+    hub.advance(5, 0.0)
+    parked(hub, "a", start=30)
+    read = take(hub, "a")
+    waiting = hub.subscribe(poll("a", start=LATEST), Owner(), 0.0, latest=25)
+    hub.deliver("a", message(22, "a"), 10, 0.0)
+
+    replies = hub.learn(read, history(message(10, "a"), position=20), 0.0)
+
+    assert list(replies) == []
+    assert list(hub.learn(take(hub, "a"), history(message(10, "a"), message(22, "a"), position=40), 0.0)) == []
+    assert isinstance(waiting, Subscription)
+    assert (waiting.start, waiting.unknown, hub.parked) == (25, 0, 2)
+
+
+def test_a_read_serves_the_polls_that_came_while_it_was_under_way() -> None:
+    """They need no other one, if it reaches down to where they begin."""
+    hub = Hub()
+    first = parked(hub, "a", start=5)
+    read = take(hub, "a")
+    later = parked(hub, "a", start=6)
+
+    replies = hub.learn(read, history(message(10, "a"), floor=5, whole=False), 0.0)
+
+    assert set(told(replies)) == {first, later}
+    assert not hub.wanted
+
+
+def test_a_poll_from_before_a_read_that_is_under_way_waits_for_another() -> None:
+    """It is not answered with less than it asked for."""
+    hub = Hub()
+    parked(hub, "a", start=5)
+    read = take(hub, "a")
+    waiting = parked(hub, "a", start=3)
+
+    hub.learn(read, history(message(10, "a"), floor=5, whole=False), 0.0)
+
+    assert waiting.unknown == 1
+    assert hub.wanted["a"].start == 3
+
+
+def test_a_failed_read_leaves_nothing_wanted_that_nobody_waits_for() -> None:
+    """Who came while it was under way has failed, too."""
+    hub = Hub()
+    parked(hub, "a", start=5)
+    read = take(hub, "a")
+    parked(hub, "a", start=3)
+
+    assert len(hub.fail(read, 0.0)) == 2
+    assert not hub.wanted
+
+
+def test_polls_that_are_told_the_same_share_the_answer() -> None:
+    """Parked or not, so that it is encoded once. Another range or other channels are another answer."""
+    hub = Hub()
+    for start in (5, 5, 7):
+        parked(hub, "a", start=start)
+    parked(hub, "a", start=5, end=8)
+
+    replies = hub.learn(take(hub, "a"), history(message(7, "a"), message(9, "a")), 0.0)
+    shared = replies[0][0]
+    known(hub, "b", position=10)
+
+    assert [len(subscriptions) for _, subscriptions in replies] == [2, 1, 1]
+    assert answered(hub, "a", start=5) is shared
+    assert answered(hub, "a", start=6) is not shared
+    assert answered(hub, "b", "a", start=5) is answered(hub, "b", "a", start=5) is not shared
+
+
+def test_a_shared_answer_ends_with_the_backlog_it_was_made_of() -> None:
+    """A message more, one that is too old by now, and what was read anew are all seen at once."""
+    hub = Hub()
+    parked(hub, "a", start=5)
+    first = the_answer(hub.learn(take(hub, "a"), history(message(7, "a")), 0.0))
+    hub.deliver("a", message(9, "a"), 7, 0.0)
+    more = answered(hub, "a", start=5)
+    hub.advance(8 + int(WINDOW_S * 1e6), 0.0)
+    less = answered(hub, "a", start=5)
+    hub.doubt(["a"])
+    parked(hub, "a", start=5)
+    anew = the_answer(hub.learn(take(hub, "a"), history(message(9, "a"), message(10, "a"), floor=8), 0.0))
+
+    assert [[m.id for m, _ in answer.messages] for answer in (first, more, less, anew)] == [[7], [7, 9], [9], [9, 10]]
+    assert [answer.gap for answer in (first, more, less, anew)] == [False, False, True, True]
+
+
+def test_answers_to_share_are_bounded_and_can_be_forgotten() -> None:
+    """Clients with thousands of cursors do not fill the memory, and no answer is shared for ever."""
+    hub = Hub()
+    parked(hub, "a", start=1)
+    hub.learn(take(hub, "a"), history(message(ANSWERS_BYTES_MAX, "a", size=ANSWERS_BYTES_MAX // 8)), 0.0)
+    first = answered(hub, "a", start=1)
+    again = answered(hub, "a", start=1)
+    for start in range(2, 20):
+        answered(hub, "a", start=start)
+    pushed_out = answered(hub, "a", start=1)
+    hub.forget_answers()
+
+    assert first is again is not pushed_out
+    assert answered(hub, "a", start=1) is not pushed_out
 
 
 def test_the_busiest_channels() -> None:

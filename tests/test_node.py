@@ -5,6 +5,9 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+import pytest
+from msgspec import structs
+
 from pushup.errors import ChannelNotFound, PushUpError, Unavailable
 from pushup.memory import MemoryBroker
 from pushup.messages import MAX_ID, Answer, ChannelOptions, History, Poll, Publication
@@ -25,7 +28,15 @@ class SlowBroker(MemoryBroker):
     async def watch(self, wanted: Mapping[str, int]) -> Mapping[str, History | None]:
         self.reads.append(dict(wanted))
         await self.gate.wait()
-        return await super().watch(wanted)
+        histories = await super().watch(wanted)
+        return {name: history and self._cut(history, wanted[name]) for name, history in histories.items()}
+
+    def _cut(self, history: History, start: int) -> History:
+        """No more than was asked for, as from a broker far away."""
+        if start <= history.floor:
+            return history
+        messages = [message for message in history.messages if message.id >= start]
+        return structs.replace(history, messages=messages, floor=start, whole=False)
 
     def unwatch(self, channels: Sequence[str]) -> None:
         self.unwatched += channels
@@ -56,6 +67,12 @@ async def running(**settings: float) -> AsyncIterator[tuple[Node, SlowBroker]]:
         await node.stop()
 
 
+async def turns() -> None:
+    """Let the event loop do what is due, and what follows from it."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
 def poll(*channels: str, start: int = 0, timeout: float = 30.0) -> Poll:
     return Poll(channels, start, MAX_ID, timeout)
 
@@ -74,6 +91,69 @@ async def test_polls_for_one_channel_share_one_read() -> None:
 
         assert broker.reads == [{"a": 0}]
         assert node.parked == 0
+
+
+async def test_polls_that_come_during_a_read_share_it() -> None:
+    """Also those with an older cursor: a channel that is new here is read from somewhat further back."""
+    async with running() as (node, broker):
+        ids = [(await node.publish(Publication(("a",), b"1"))).id for _ in range(3)]
+        owners = []
+        for start in reversed(ids):
+            owners.append(Owner())
+            node.poll(poll("a", start=start), owners[-1])
+            await turns()
+        broker.gate.set()
+        answers = await asyncio.gather(*[owner.told for owner in owners])
+        await turns()
+
+        assert [len(answer.messages) for answer in answers] == [1, 2, 3]
+        assert [list(read) for read in broker.reads] == [["a"]]
+
+
+async def test_a_poll_from_long_before_a_read_that_is_under_way_gets_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After that one, and it alone waits for it."""
+    monkeypatch.setattr("pushup.node.READ_BEHIND_S", 0)
+    async with running() as (node, broker):
+        old_id, recent_id = [(await node.publish(Publication(("a",), b"1"))).id for _ in range(2)]
+        recent, old = Owner(), Owner()
+        node.poll(poll("a", start=recent_id), recent)
+        await turns()
+        node.poll(poll("a", start=old_id), old)
+        await turns()
+        under_way = len(broker.reads)
+        broker.gate.set()
+        answers = await asyncio.gather(recent.told, old.told)
+
+        assert [len(answer.messages) for answer in answers] == [1, 2]
+        assert (under_way, broker.reads) == (1, [{"a": recent_id}, {"a": old_id}])
+
+
+async def test_a_doubt_does_not_wait_for_a_read_that_is_under_way() -> None:
+    """What that one brings is worth nothing any more."""
+    async with running() as (node, broker):
+        owner = Owner()
+        node.poll(poll("a"), owner)
+        await turns()
+        node.on_doubt(["a"])
+        await turns()
+        under_way = len(broker.reads)
+        await node.publish(Publication(("a",), b"1"))
+        broker.gate.set()
+        await owner.told
+
+        assert under_way == 2
+
+
+async def test_after_a_read_that_failed_the_next_poll_is_read_for() -> None:
+    """Nothing is left of the one that failed."""
+    async with running(broker_timeout=0.01) as (node, broker):
+        first, second = Owner(), Owner()
+        node.poll(poll("a"), first)
+        await asyncio.gather(first.told, return_exceptions=True)
+        broker.gate.set()
+        node.poll(poll("a", timeout=0.0), second)
+
+        assert (await second.told).reason == "timeout"
 
 
 async def test_a_fan_out_and_the_polls_that_come_right_back_cost_no_read() -> None:

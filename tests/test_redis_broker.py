@@ -1,12 +1,13 @@
 """Nodes over a real Redis, and all that can happen to it. Poll any node, publish to any node or past them."""
 
 import asyncio
+import itertools
 import json
 import math
 import socket
 import subprocess
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -14,6 +15,7 @@ from uuid import uuid4
 import pytest
 from redis import ResponseError
 from redis.asyncio.connection import AbstractConnection
+from redis.client import Monitor
 
 import pushup.redis_broker
 from pushup.address import Address
@@ -47,6 +49,11 @@ def publish_directly(redis: RedisServer, *channels: str, data: Any = None, realm
     """Past the nodes, as any program may."""
     with redis.client() as client:
         return int(client.fcall("pushup_publish", 1, realm_key(realm), json.dumps(data), *channels))
+
+
+def monitored(monitor: Monitor) -> Iterator[str]:
+    """The commands that Redis is sent, as they come; not those of functions."""
+    return (heard["command"] for heard in monitor.listen() if heard["client_type"] != "lua")
 
 
 def send_poll(client: Client, *channels: str, start: int = 0, hold: float = 60) -> None:
@@ -120,6 +127,34 @@ async def test_poll_any_node_publish_to_any_node(redis_server: RedisServer) -> N
         "gap": False,
     }
     assert ids(again) == [id]
+
+
+async def test_clients_that_come_back_at_once_cost_one_read_a_channel(own_redis: RedisServer) -> None:
+    """Their node was killed. Each has what it missed; Redis is asked for each channel once, not once per client."""
+    async with node(own_redis):
+        pass  # It loads the functions.
+    names = ["a", "b", "c"]
+    published = {name: [publish_directly(own_redis, name, data=number) for number in range(4)] for name in names}
+    async with node(own_redis) as (server, _), AsyncExitStack() as stack:
+        watcher, marker = stack.enter_context(own_redis.client()), stack.enter_context(own_redis.client())
+        monitor = stack.enter_context(watcher.monitor())
+        clients = [await stack.enter_async_context(connected(server)) for _ in range(48)]
+        wanted = [(names[number % 3], published[names[number % 3]][3 - number // 3 % 4]) for number in range(48)]
+        for number, (client, (name, start)) in enumerate(zip(clients, wanted, strict=True)):
+            send_poll(client, name, start=start)
+            if number % 4 == 3:
+                await asyncio.sleep(0)
+        answers = [(await client.reply()).json for client in clients]
+        marker.echo("done")
+        commands = list(itertools.takewhile(lambda command: command != "ECHO done", monitored(monitor)))
+
+    for (name, start), answer in zip(wanted, answers, strict=True):
+        assert ids(answer) == [id for id in published[name] if id >= start]
+        assert (answer["gap"], answer["next"]) == (False, published[name][-1] + 1)
+    subscribed = [word for command in commands if command.startswith("SSUBSCRIBE") for word in command.split()[1:]]
+    read = [word for command in commands if command.startswith("FCALL pushup_read") for word in command.split()[7::2]]
+    assert sorted(word.rpartition(":")[2] for word in subscribed) == names
+    assert sorted(read) == names
 
 
 async def test_a_direct_publication_is_like_any_other(redis_server: RedisServer) -> None:
