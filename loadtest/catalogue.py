@@ -1,10 +1,11 @@
 """All scenarios, in the order to run them."""
 
-from loadtest import crowds
+from loadtest import catchup, crowds, faults, startup
 from loadtest.scenario import Scenario
 
 
 def catalogue(*, quick: bool = False) -> dict[str, Scenario]:
     """By name. `quick`: sizes and times that show whether it works, not how well; all of it within five minutes."""
-    scenarios = crowds.scenarios(quick=quick)
+    modules = (crowds, catchup, startup, faults)
+    scenarios = [scenario for module in modules for scenario in module.scenarios(quick=quick)]
     return {scenario.name: scenario for scenario in scenarios}
