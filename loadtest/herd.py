@@ -13,7 +13,7 @@ import struct
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Self
 
@@ -24,7 +24,8 @@ READ_BYTES: Final = 65536
 EVENTS: Final = 512
 BURST: Final = 256
 KNOWN_ANSWERS_MAX: Final = 256
-DUES_KEPT: Final = 100
+DUES_KEPT: Final = 10_000
+"""Of one channel; a message that comes when it is older than so many others counts as wrong."""
 IP_BIND_ADDRESS_NO_PORT: Final = 24
 """The kernel finds the port when it connects: the same one may be used for different servers."""
 
@@ -44,6 +45,7 @@ class Channel:
     acknowledged: int = 0
     after: int | None = None
     """A cursor for who wants all that comes after the acknowledged one; None for whatever comes from now on."""
+    clients: int = 0
     due: dict[int, int] = field(default_factory=dict)
     """When its latest publications were due, ns, by number."""
 
@@ -102,7 +104,7 @@ class Herd:
     def __init__(self, timeout_s: int, *, again: bool = True, reset: bool = True) -> None:
         self.tally = Tally()
         self.unanswered = 0
-        """Answers that are still to come to the publications announced by `expect`."""
+        """Deliveries that are still to come. Those to clients that left meanwhile will not."""
         self._dialect = PushUpDialect(timeout_s)
         self._again = again
         self._reset = reset
@@ -115,6 +117,8 @@ class Herd:
         self._publishers: dict[int, _Sent | None] = {}
         self._idle: deque[int] = deque()
         self._waiting: deque[tuple[_Sent, bytes]] = deque()
+        self._jobs: Iterator[Job] = iter(())
+        self._job: Job | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -141,6 +145,7 @@ class Herd:
             descriptor = self._connect(address, source)
             self._channels[descriptor] = channel
             self._last[descriptor] = channel.acknowledged
+            channel.clients += 1
             self._send(descriptor, request)
 
     def leave(self, count: int) -> None:
@@ -158,26 +163,31 @@ class Herd:
         """Somebody else publishes the next message of the channel."""
         channel.publish(due_ns)
         channel.acknowledged = channel.published
-        self.unanswered += len(self._channels)
+        self.unanswered += channel.clients
 
     def publish(self, channel: Channel, due_ns: int, size: int) -> None:
         """Publish now what was due then; after others, if no publisher is idle."""
         number = channel.publish(due_ns)
         self.tally.published += 1
+        self.unanswered += channel.clients
         payload = make_payload(channel.name, number, size)
         self._waiting.append((_Sent(channel, number), self._dialect.publish(channel.name, payload)))
         self._publish_next()
 
-    def run(self, jobs: Iterable[Job], until_ns: int, *, enough: Callable[[], bool] = lambda: False) -> None:
-        """Do each job when it is due, and deal with answers, until then or until it is `enough`."""
-        ahead = iter(jobs)
-        job = next(ahead, None)
+    def plan(self, jobs: Iterable[Job]) -> None:
+        """What `run` has to do, in order of time, instead of what was planned before."""
+        self._jobs = iter(jobs)
+        self._job = next(self._jobs, None)
+
+    def run(self, until_ns: int, *, enough: Callable[[], bool] = lambda: False) -> None:
+        """Do each planned job when it is due, and deal with answers, until then or until it is `enough`."""
         now = time.monotonic_ns()
         while now < until_ns and not enough():
+            job = self._job
             if job is not None and job[0] <= now:
                 self.tally.lags.append(now - job[0])
                 job[1]()
-                job = next(ahead, None)
+                self._job = next(self._jobs, None)
                 now = time.monotonic_ns()
                 continue
             wake = until_ns if job is None else min(job[0], until_ns)
@@ -273,9 +283,9 @@ class Herd:
                 tally.duplicates += 1
                 continue
             tally.lost += number - last - 1
+            self.unanswered -= number - last
             last = number
             tally.latencies.append(at - channel.due[number])
-            self.unanswered -= 1
         self._last[descriptor] = last
 
     def _understand(self, channel: Channel, data: bytes) -> _Answer | None:
@@ -335,6 +345,8 @@ class Herd:
         self._forget(descriptor)
 
     def _forget(self, descriptor: int) -> None:
+        if channel := self._channels.get(descriptor):
+            channel.clients -= 1
         for known in (self._channels, self._last, self._next, self._parts, self._publishers):
             known.pop(descriptor, None)
         os.close(descriptor)

@@ -71,9 +71,9 @@ def _obey(
     tally = herd.tally = Tally()
     begin = ran((os.getpid(),))
     herd.expect(channel, command["due"])
-    herd.run((), command["until"], enough=lambda: herd.unanswered <= 0)
+    herd.run(command["until"], enough=lambda: herd.unanswered <= 0)
     used = ran((os.getpid(),)) - begin
-    herd.run((), time.monotonic_ns() + int(QUIET_S * 1e9))
+    herd.run(time.monotonic_ns() + int(QUIET_S * 1e9))
     herd.settle()
     lags = sorted(tally.lags)
     return {
