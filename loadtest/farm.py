@@ -2,6 +2,7 @@
 
 import http.client
 import re
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -130,6 +131,11 @@ class Farm:
             tick()
             time.sleep(STEP_S)
 
+    def kill_nodes(self) -> None:
+        """All at once."""
+        for node in self.nodes:
+            node.tell(signal.SIGKILL)
+
     def _pids(self, process: Process) -> tuple[int, ...]:
         pid = process.pid
         if not pid:
@@ -139,6 +145,7 @@ class Farm:
         return self._families[pid]
 
     def _end(self) -> None:
+        self.kill_nodes()
         for process in (self.proxy, *self.nodes, self.store):
             if process is not None:
                 with suppress(ClusterError):

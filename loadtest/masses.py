@@ -88,9 +88,12 @@ class Client:
             raise FleetError(said["error"])
         return said
 
-    def end(self) -> None:
-        """Kill it."""
+    def kill(self) -> None:
+        """It ends; `end` returns when it has."""
         self._process.kill()
+
+    def end(self) -> None:
+        """Wait for its end."""
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
@@ -114,6 +117,10 @@ class Masses:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # The nodes first: else they would see their clients off one by one.
+        self._farm.kill_nodes()
+        for client in self._clients:
+            client.kill()
         for client in self._clients:
             client.end()
 
@@ -376,7 +383,7 @@ def scenarios(*, quick: bool) -> tuple[Scenario, ...]:
             {_case(many): one},
             lambda run: measure_steps(run, (many,)),
             rounds=1,
-            seconds=12 if quick else 60,
+            seconds=5 if quick else 30,
             targets=(
                 Target("memory of the nodes per parked poll ≤ 3 KB", _of(_case(many), "memory_per_poll_bytes"), 3000),
                 Target("received by all polls, each once", _of(_case(many), "received"), 1, at_most=False),
@@ -394,7 +401,7 @@ def scenarios(*, quick: bool) -> tuple[Scenario, ...]:
             {_case(step): {**one, "polls": step} for step in steps},
             lambda run: measure_steps(run, steps),
             rounds=1,
-            seconds=15 if quick else 400,
+            seconds=12 if quick else 240,
             show=show,
             by_case=False,
             pinned=False,

@@ -1,0 +1,293 @@
+"""One node for an hour: clients and channels come and go. Does its memory stay where it is, and is nothing lost?"""
+
+import os
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import count
+from typing import Final, NamedTuple
+
+from loadtest.charts import Chart
+from loadtest.farm import Farm, address_of
+from loadtest.fleet import FleetError
+from loadtest.herd import Address, Channel, Herd, Job, Tally
+from loadtest.machine import memory, ran
+from loadtest.nodes import latency_values, loss_values
+from loadtest.report import markdown
+from loadtest.results import METRICS, OURS, Measurement, Medians, Result, Target, percentile
+from loadtest.scenario import Run, Samples, Scenario
+from loadtest.servers import PushUp, ServerError
+
+CASE: Final = "memory broker"
+SEED: Final = 2026
+PUBLISHERS: Final = 4
+TIMEOUT_S: Final = 60
+QUIET_S: Final = 5.0
+"""After the last publication; what has not come by then is lost."""
+CONNECT_BURST: Final = 500
+MIB: Final = 2**20
+
+SETTINGS: Final[Mapping[str, str]] = {
+    # All that a node remembers of what is over ends long before the time whose memory is judged begins.
+    "channel_window": "60",
+    "channel_ttl": "120",
+    "linger": "30",
+    "log_level": "error",
+}
+
+
+class Plan(NamedTuple):
+    """How long, and how much of what a second. Of the memory's slope the first `settle_s` are left out."""
+
+    polls: int
+    channels: int
+    seconds: float
+    settle_s: float
+    sample_s: float
+    publications_per_s: float
+    churn_per_s: float
+    bytes_max: int
+
+    @property
+    def parameters(self) -> Mapping[str, int]:
+        """As results have them."""
+        return {
+            "polls": self.polls,
+            "channels_at_a_time": self.channels,
+            "seconds": round(self.seconds),
+            "left_out_seconds": round(self.settle_s),
+            "publications_per_s": round(self.publications_per_s),
+            "clients_that_leave_and_come_per_s": round(self.churn_per_s),
+            "message_bytes_max": self.bytes_max,
+        }
+
+
+FULL: Final = Plan(16_000, 1000, 3600, 600, 10, 50, 50, 4000)
+QUICK: Final = Plan(1000, 100, 12, 4, 0.5, 50, 50, 4000)
+
+
+class Town:
+    """The channels that are in use: a window that moves on as clients come, so that channels live as long as they."""
+
+    def __init__(self, channels: int, polls: int, chaos: random.Random) -> None:
+        self._chaos = chaos
+        self._numbers = count()
+        self._per_channel = max(polls // channels, 1)
+        self._open: deque[Channel] = deque()
+        self._newcomers = 0
+        self._turn = 0
+        for _ in range(channels):
+            self._begin()
+
+    def _begin(self) -> None:
+        # All that there ever was in it, for who comes first.
+        self._open.append(Channel(f"c{next(self._numbers)}", after=0))
+
+    def join(self) -> Channel:
+        """Where the next client goes; with as many as a channel has, the oldest channel gives way to a new one."""
+        self._newcomers += 1
+        if self._newcomers % self._per_channel == 0:
+            self._open.popleft()
+            self._begin()
+        return self._chaos.choice(self._open)
+
+    def next(self) -> Channel:
+        """The channel to publish to: each in turn."""
+        self._turn += 1
+        return self._open[self._turn % len(self._open)]
+
+
+class _Life:
+    """What happens in the hour."""
+
+    def __init__(self, plan: Plan, herd: Herd, address: Address, pid: int) -> None:
+        self.samples: dict[str, list[float]] = {
+            "second": [],
+            "memory_anonymous_bytes": [],
+            "cpu_s": [],
+            "client_cpu_s": [],
+        }
+        self._plan = plan
+        self._herd = herd
+        self._address = address
+        self._pid = pid
+        self._chaos = random.Random(SEED)
+        self._town = Town(plan.channels, plan.polls, self._chaos)
+
+    def park(self, tick: Callable[[], None]) -> None:
+        """All clients connect."""
+        while len(self._herd) < self._plan.polls:
+            for _ in range(min(CONNECT_BURST, self._plan.polls - len(self._herd))):
+                self._herd.add(self._address, self._town.join())
+            self._herd.run(time.monotonic_ns() + 20_000_000)
+            tick()
+
+    def jobs(self, begin: int) -> Iterator[Job]:
+        """From then (ns) on, in order."""
+        plan = self._plan
+        kinds: list[tuple[float, Callable[[int], None]]] = [
+            (1 / plan.publications_per_s, self._publish),
+            (1 / plan.churn_per_s, self._change),
+            (plan.sample_s, partial(self._sample, begin)),
+        ]
+        turns = [1] * len(kinds)
+        while True:
+            at, kind = min(
+                (turn * every, index) for index, (turn, (every, _)) in enumerate(zip(turns, kinds, strict=True))
+            )
+            if at > plan.seconds:
+                return
+            turns[kind] += 1
+            due = begin + int(at * 1e9)
+            yield due, partial(kinds[kind][1], due)
+
+    def _publish(self, due: int) -> None:
+        # As many short ones as long ones by order of magnitude.
+        size = int(50 * (self._plan.bytes_max / 50) ** self._chaos.random())
+        self._herd.publish(self._town.next(), due, size)
+
+    def _change(self, due: int) -> None:
+        self._herd.leave(1)
+        self._herd.add(self._address, self._town.join())
+
+    def _sample(self, begin: int, due: int) -> None:
+        row = {
+            "second": (due - begin) / 1e9,
+            "memory_anonymous_bytes": float(memory((self._pid,)).anonymous),
+            "cpu_s": ran((self._pid,)).cpu / 1e9,
+            "client_cpu_s": ran((os.getpid(),)).cpu / 1e9,
+        }
+        for name, value in row.items():
+            self.samples[name].append(value)
+
+
+def slope(points: Sequence[tuple[float, float]]) -> float:
+    """How much y grows with each x, by least squares; 0 for less than two different x."""
+    if not points:
+        return 0.0
+    mean_x, mean_y = (sum(column) / len(points) for column in zip(*points, strict=True))
+    square = sum((x - mean_x) ** 2 for x, _ in points)
+    return sum((x - mean_x) * (y - mean_y) for x, y in points) / square if square else 0.0
+
+
+def measure_soak(run: Run, plan: Plan) -> Iterator[Measurement]:
+    """One measurement for each round."""
+    for number in range(1, run.rounds + 1):
+
+        def share(part: float, number: int = number) -> None:
+            run.share((number - 1 + min(part, 1)) / run.rounds)
+
+        try:
+            yield _measure(number, plan, share)
+        except (FleetError, ServerError) as error:
+            yield Measurement(number, CASE, OURS, failure=str(error))
+
+
+def _measure(number: int, plan: Plan, share: Callable[[float], None]) -> Measurement:
+    with Farm(redis=False, settings=SETTINGS) as farm, Herd(TIMEOUT_S, reset=False) as herd:
+        [node] = farm.grow(1)
+        for _ in range(PUBLISHERS):
+            herd.add_publisher(address_of(node))
+        life = _Life(plan, herd, address_of(node), node.pid)
+        life.park(lambda: share(0))
+        herd.tally = Tally()
+        begin = time.monotonic_ns()
+        herd.plan(life.jobs(begin))
+        end = begin + int(plan.seconds * 1e9)
+        while (now := time.monotonic_ns()) < end:
+            if not node.alive:
+                raise ServerError(f"the node has died. {node.last_words()}")
+            herd.run(min(now + 1_000_000_000, end))
+            share((now - begin) / (end - begin))
+        herd.run(time.monotonic_ns() + int(QUIET_S * 1e9), enough=lambda: herd.unanswered <= 0)
+        herd.settle()
+        return _judge(number, plan, herd.tally, life.samples)
+
+
+def _judge(number: int, plan: Plan, tally: Tally, samples: Samples) -> Measurement:
+    rows = list(zip(samples["second"], samples["memory_anonymous_bytes"], strict=True))
+    judged = [(second, size) for second, size in rows if second >= plan.settle_s]
+    if not judged:
+        raise FleetError("too short: there is no time left to judge")
+    gained = 3600 * slope(judged)
+    passed = samples["second"][-1] - samples["second"][0] or 1.0
+    values = {
+        **latency_values(tally),
+        **loss_values(tally),
+        "polls": plan.polls,
+        "deliveries_received": len(tally.latencies),
+        "memory_start_mib": rows[0][1] / MIB,
+        "memory_end_mib": rows[-1][1] / MIB,
+        "memory_slope_bytes_per_h": gained,
+        "memory_slope_share": gained / (sum(size for _, size in judged) / len(judged)),
+        "server_cpu_share": (samples["cpu_s"][-1] - samples["cpu_s"][0]) / passed,
+        "client_busy": (samples["client_cpu_s"][-1] - samples["client_cpu_s"][0]) / passed,
+    }
+    ordered = sorted(tally.latencies)
+    samples = {
+        **{name: [round(value, 3) for value in column] for name, column in samples.items()},
+        "latency_percentiles_ms": [round(percentile(ordered, percent) / 1e6, 3) for percent in range(101)],
+    }
+    failure = tally.complaint if tally.wrong or tally.broken else ""
+    return Measurement(number, CASE, OURS, values, samples, failure=failure)
+
+
+def show(result: Result) -> Sequence[str | Chart]:
+    """The verdict, and memory over time."""
+    medians = Medians(result.measurements)
+    names = medians.metrics(CASE)
+    rows = [["", OURS]]
+    for name in names:
+        value, metric = medians.of(CASE, name, OURS), METRICS[name]
+        if value is not None:
+            rows.append([f"{metric.title} ({metric.unit})", f"{value / metric.scale:,.{metric.digits}f}"])
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for one in result.measurements:
+        if one.samples:
+            seconds, sizes = one.samples["second"], one.samples["memory_anonymous_bytes"]
+            label = f"round {one.round}" if one.round > 1 else "memory of the node"
+            lines[label] = [(x / 60, y / MIB) for x, y in zip(seconds, sizes, strict=True)]
+    blocks: list[str | Chart] = [
+        "Memory is the node's anonymous memory (`Pss_Anon`). Clients stay for a while and go without a word, the "
+        "oldest first; as many come, to channels of which the oldest give way to new ones. Polls end after "
+        f"{TIMEOUT_S} s at the latest and are sent again. Latencies count from when a publication was due. What is "
+        "gained is the slope of the memory after the time left out.",
+        markdown(rows) if names else "Nothing could be measured.",
+    ]
+    if lines:
+        blocks.append(
+            Chart("soak", "Memory of a node over time, while clients and channels come and go", "minutes", "MiB", lines)
+        )
+    return blocks
+
+
+def _of(metric: str) -> Callable[[Medians], float | None]:
+    return lambda medians: medians.of(CASE, metric, OURS)
+
+
+def scenarios(*, quick: bool) -> tuple[Scenario, ...]:
+    """The one. A few seconds say nothing of an hour: `quick` has no target for memory."""
+    plan = QUICK if quick else FULL
+    flat = Target("memory gained in an hour < 1 %", _of("memory_slope_share"), 0.01)
+    return (
+        Scenario(
+            "soak",
+            f"{plan.polls:,} polls while clients and channels come and go: does memory stay flat, is anything lost?",
+            (PushUp,),
+            {CASE: plan.parameters},
+            lambda run: measure_soak(run, plan),
+            rounds=1,
+            seconds=plan.seconds + plan.polls / 4000 + 2,
+            targets=(
+                *(() if quick else (flat,)),
+                Target("lost messages", _of("messages_lost"), 0),
+                Target("duplicates", _of("messages_repeated"), 0),
+                Target("gaps", _of("messages_gap"), 0),
+            ),
+            show=show,
+            by_case=False,
+            pinned=False,
+        ),
+    )
