@@ -16,10 +16,11 @@ from typing import Final
 
 from cluster.stores import ask
 from loadtest.answers import hear, number_of
+from loadtest.charts import Chart
 from loadtest.dialects import Dialect, WrongAnswer, channel_of, make_payload, parse_response
 from loadtest.fleet import CONNECT_S, RESET_ON_CLOSE, FleetError
 from loadtest.machine import ran
-from loadtest.results import Medians, Target, Values, percentile
+from loadtest.results import Medians, Result, Target, Values, percentile
 from loadtest.scenario import Bench, Case, Parameters, Samples, Scenario, comparison
 from loadtest.servers import Address, NchanRedis, PushUpRedis, Server, ServerError
 from loadtest.variants import NchanMultipart
@@ -407,13 +408,12 @@ def scenarios(*, quick: bool) -> tuple[Scenario, ...]:
     targets = []
     for name, channels in cases.items():
         targets += [
+            Target(f"{name}: time ≤ 0.5 × Nchan's over Redis", _ratio(name, "catch_up_ms", NchanRedis), 0.5),
             Target(
-                f"time until all have caught up ≤ 0.5 × Nchan's over Redis: {name}",
-                _ratio(name, "catch_up_ms", NchanRedis),
-                0.5,
+                f"{name}: time ≤ that of Nchan with multipart answers", _ratio(name, "catch_up_ms", NchanMultipart), 1
             ),
             Target(
-                f"PushUp's calls to Redis ≤ one per channel and {SPARE_CALLS}: {name}",
+                f"{name}: PushUp's calls to Redis ≤ one per channel and {SPARE_CALLS}",
                 _median(name, "redis_calls"),
                 channels + SPARE_CALLS,
             ),
@@ -427,4 +427,39 @@ def scenarios(*, quick: bool) -> tuple[Scenario, ...]:
         rounds=rounds,
     )
     seconds = rounds * len(cases) * len(kinds) * (SECONDS_A_QUICK_TRIAL if quick else SECONDS_A_TRIAL)
-    return (replace(scenario, seconds=seconds),)
+    return (replace(scenario, seconds=seconds, show=show),)
+
+
+# The report
+
+_EXPLANATION: Final = """\
+Clients have heard the first message and none to three of the other 20 when their node is killed; five more come before
+they are back, over connections that are already there. A client has caught up when it has every message, in order: with
+one poll where an answer holds what there is, as PushUp's do; with some 24 where it holds one message, as Nchan's do by
+default (with `nchan_longpoll_multipart_response` they hold all, so that is measured, too). Then the many polls, and the
+client's work for them, are part of the time; the node's CPU tells both from the client's. Calls to Redis are what the
+node asks for (functions, scripts, subscriptions), counted by Redis (`INFO commandstats`); commands count what is done
+inside of functions and scripts as well. Clients and Redis share a core, the node has the other."""
+
+
+def show(result: Result) -> Sequence[str | Chart]:
+    """How to read it, and how many have caught up over time."""
+    charts = []
+    for number, case in enumerate(dict.fromkeys(one.case for one in result.measurements if not one.failure), 1):
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for one in result.measurements:
+            # One round, the first, is shown: the curves of several cannot be averaged.
+            if one.case == case and not one.failure and one.server not in lines:
+                times = one.samples["caught_up_percentiles_ms"]
+                lines[one.server] = [(time, float(percent)) for percent, time in enumerate(times)]
+        charts.append(
+            Chart(
+                name=f"catch-up-{number}",
+                title=f"Clients that have caught up: {case}",
+                x="time since their first poll, ms",
+                y="clients, %",
+                lines=lines,
+                log="x",
+            )
+        )
+    return [_EXPLANATION, *charts]
