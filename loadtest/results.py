@@ -106,6 +106,17 @@ METRICS: Final[Mapping[str, Metric]] = {
     "memory_end_mib": Metric("memory of the node in the end", "MiB", 1),
     "memory_slope_bytes_per_h": Metric("memory gained, least squares", "B/h", 0),
     "memory_slope_share": Metric("memory gained, of its mean", "%/h", 2, 0.01),
+    "wire_bytes_per_s": Metric("network traffic on the wire", "kB/s", 2, 1000),
+    "application_bytes_per_s": Metric("network traffic in application bytes", "kB/s", 2, 1000),
+    "segments_per_s": Metric("segments, both directions", "/s", 1),
+    "received_in_time": Metric("received in time", "%", 2, 0.01),
+    "received_late": Metric("received late", "%", 2, 0.01),
+    "answers_gap": Metric("answers that say gap", "", 0),
+    "connections_failed": Metric("connections that broke, wrong answers", "", 0),
+    "pulls_skipped": Metric("pulls that were due before the last was answered", "", 0),
+    "server_memory_bytes": Metric("memory of the server", "MB", 1, 1e6),
+    "server_memory_per_connection_bytes": Metric("memory that each connection adds", "kB", 2, 1000),
+    "server_stacks_bytes": Metric("threads' stacks, as far as resident", "MB", 1, 1e6),
     "server_cpu_share": Metric("the node's CPU", "% of a core", 1, 0.01),
     "server_busy": Metric("server's core busy while answering", "%", 0, 0.01),
     "client_busy": Metric("client's core busy meanwhile", "%", 0, 0.01),
@@ -115,6 +126,9 @@ METRICS: Final[Mapping[str, Metric]] = {
 
 CLIENT_BOUND_BUSY: Final = 0.9
 """A measurement says more about the client than the server if the client was busier than this and the server less."""
+
+CLIENT_BOUND_LAG: Final = 0.5
+"""The same if the client was late (p99) by more than this part of the latency (p99) that it measured."""
 
 DISTURBED: Final = 0.05
 """A measurement is disturbed if other processes kept server and client from running for more of its time."""
@@ -133,11 +147,13 @@ class Measurement:
 
     @property
     def client_bound(self) -> bool:
-        """Whether the client, not the server, set the pace."""
-        return (
+        """Whether the client, not the server, set the pace: it was busy, or looked late at what it had to time."""
+        busy = (
             self.values.get("client_busy", 0) >= CLIENT_BOUND_BUSY
-            and self.values.get("server_busy", 1) < CLIENT_BOUND_BUSY
+            and self.values.get("server_busy", 0) < CLIENT_BOUND_BUSY
         )
+        lag, latency = self.values.get("client_lag_ms", 0), self.values.get("latency_p99_ms", math.inf)
+        return busy or lag > CLIENT_BOUND_LAG * latency
 
     @property
     def disturbed(self) -> bool:

@@ -70,6 +70,14 @@ def test_a_measurement_is_the_clients_if_only_the_client_was_busy(client: float,
     assert measurement.client_bound is bound
 
 
+@pytest.mark.parametrize(("lag", "latency", "bound"), [(6, 10, True), (5, 10, False), (50, None, False)])
+def test_a_measurement_is_the_clients_if_it_was_late_itself(lag: float, latency: float | None, bound: bool) -> None:
+    """Measured against the latency that it says it found."""
+    values = {"client_lag_ms": lag} if latency is None else {"client_lag_ms": lag, "latency_p99_ms": latency}
+
+    assert Measurement(1, "all", "PushUp", values).client_bound is bound
+
+
 def test_a_measurement_is_disturbed_if_others_took_the_cores() -> None:
     assert Measurement(1, "all", "PushUp", {"waited": 0.2}).disturbed
     assert not Measurement(1, "all", "PushUp", {"waited": 0.01}).disturbed
