@@ -1,5 +1,6 @@
 """One node for an hour: clients and channels come and go. Does its memory stay where it is, and is nothing lost?"""
 
+import http.client
 import os
 import random
 import time
@@ -10,6 +11,7 @@ from itertools import count
 from typing import Final, NamedTuple
 
 from loadtest.charts import Chart
+from loadtest.dialects import PushUpDialect, make_payload
 from loadtest.farm import Farm, address_of
 from loadtest.fleet import FleetError
 from loadtest.herd import Address, Channel, Herd, Job, Tally
@@ -19,6 +21,7 @@ from loadtest.report import markdown
 from loadtest.results import METRICS, OURS, Measurement, Medians, Result, Target, percentile
 from loadtest.scenario import Run, Samples, Scenario
 from loadtest.servers import PushUp, ServerError
+from pushup.memory import CLOSED_REMEMBERED
 
 CASE: Final = "memory broker"
 SEED: Final = 2026
@@ -27,6 +30,8 @@ TIMEOUT_S: Final = 60
 QUIET_S: Final = 5.0
 """After the last publication; what has not come by then is lost."""
 CONNECT_BURST: Final = 500
+BATCH: Final = 1000
+ASK_S: Final = 30.0
 MIB: Final = 2**20
 
 SETTINGS: Final[Mapping[str, str]] = {
@@ -39,7 +44,10 @@ SETTINGS: Final[Mapping[str, str]] = {
 
 
 class Plan(NamedTuple):
-    """How long, and how much of what a second. Of the memory's slope the first `settle_s` are left out."""
+    """How long, and how much of what a second. Of the memory's slope the first `settle_s` are left out.
+
+    `closed`: so many channels were there and were closed before it begins.
+    """
 
     polls: int
     channels: int
@@ -49,6 +57,7 @@ class Plan(NamedTuple):
     publications_per_s: float
     churn_per_s: float
     bytes_max: int
+    closed: int
 
     @property
     def parameters(self) -> Mapping[str, int]:
@@ -61,11 +70,44 @@ class Plan(NamedTuple):
             "publications_per_s": round(self.publications_per_s),
             "clients_that_leave_and_come_per_s": round(self.churn_per_s),
             "message_bytes_max": self.bytes_max,
+            "channels_closed_before": self.closed,
         }
 
 
-FULL: Final = Plan(16_000, 1000, 3600, 600, 10, 50, 50, 4000)
-QUICK: Final = Plan(1000, 100, 12, 4, 0.5, 50, 50, 4000)
+FULL: Final = Plan(16_000, 1000, 3600, 600, 10, 50, 50, 4000, CLOSED_REMEMBERED)
+QUICK: Final = Plan(1000, 100, 12, 4, 0.5, 50, 50, 4000, 100)
+
+
+def close_channels(address: Address, channels: int) -> None:
+    """Publish to so many channels and close them. Raises FleetError.
+
+    A node remembers the latest ones that were closed: that memory is full then, and does not grow for an hour.
+    """
+    dialect = PushUpDialect(TIMEOUT_S)
+    connection = http.client.HTTPConnection(*address, timeout=ASK_S)
+    try:
+        for first in range(0, channels, BATCH):
+            names = [f"old{number}" for number in range(first, min(first + BATCH, channels))]
+            body = dialect.publish_batch([(name, make_payload(name, 0, 50)) for name in names]).partition(b"\r\n\r\n")[
+                2
+            ]
+            connection.request("POST", "/publish", body, {"Content-Type": "application/json"})
+            statuses = {_status(connection)}
+            for name in names:
+                connection.request("DELETE", f"/channels/{name}")
+                statuses.add(_status(connection))
+            if bad := [status for status in statuses if status >= 300]:
+                raise FleetError(f"channels could not be published to and closed: status {bad[0]}")
+    except (OSError, http.client.HTTPException) as error:
+        raise FleetError(f"channels could not be closed: {error}") from None
+    finally:
+        connection.close()
+
+
+def _status(connection: http.client.HTTPConnection) -> int:
+    response = connection.getresponse()
+    response.read()
+    return response.status
 
 
 class Town:
@@ -188,6 +230,7 @@ def measure_soak(run: Run, plan: Plan) -> Iterator[Measurement]:
 def _measure(number: int, plan: Plan, share: Callable[[float], None]) -> Measurement:
     with Farm(redis=False, settings=SETTINGS) as farm, Herd(TIMEOUT_S, reset=False) as herd:
         [node] = farm.grow(1)
+        close_channels(address_of(node), plan.closed)
         for _ in range(PUBLISHERS):
             herd.add_publisher(address_of(node))
         life = _Life(plan, herd, address_of(node), node.pid)
@@ -253,7 +296,8 @@ def show(result: Result) -> Sequence[str | Chart]:
         "Memory is the node's anonymous memory (`Pss_Anon`). Clients stay for a while and go without a word, the "
         "oldest first; as many come, to channels of which the oldest give way to new ones. Polls end after "
         f"{TIMEOUT_S} s at the latest and are sent again. Latencies count from when a publication was due. What is "
-        "gained is the slope of the memory after the time left out.",
+        "gained is the slope of the memory after the time left out. As many channels as a node remembers of closed "
+        "ones were closed before.",
         markdown(rows) if names else "Nothing could be measured.",
     ]
     if lines:
