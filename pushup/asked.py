@@ -1,14 +1,14 @@
 """What polls ask for, remembered by the bytes they came in, so that hardly a poll is parsed."""
 
+import re
 from typing import Final, NamedTuple
 
-from pushup.messages import MAX_ID, Poll
+from pushup.messages import LATEST, MAX_ID, Poll
 from pushup.realm import Realm
 from pushup.sender import Sender
 
-_START: Final = b"&start="
-_CURSOR_DIGITS: Final = 16
-"""Of every id from the year 2001 on, and of the largest."""
+_CURSOR: Final = re.compile(rb"&start=([1-9][0-9]{15}|latest)")
+"""Ids have 16 digits from the year 2001 on; so has the largest."""
 
 _MEMORY_BYTES_MAX: Final = 16 * 1024 * 1024
 _LINE_BYTES: Final = 300
@@ -35,8 +35,8 @@ class Memory:
 
     A client sends the same header fields with each of its polls, and the same request line but for the cursor. Both are
     remembered, apart: what llhttp makes of the fields does not depend on the line beyond its method and version, and
-    only `GET … HTTP/1.1` without a body is remembered. Bytes that differ in anything but the digits of the cursor are
-    parsed. Forgets everything when it holds `_MEMORY_BYTES_MAX`.
+    only `GET … HTTP/1.1` without a body is remembered. Bytes that differ in anything but the cursor are parsed.
+    Forgets everything when it holds `_MEMORY_BYTES_MAX`.
     """
 
     __slots__ = ("_asked", "_fields", "_known", "_latest", "_line", "_lines", "_shapes", "_size")
@@ -110,12 +110,13 @@ class Memory:
 
 
 def _cut_cursor(line: bytes) -> tuple[bytes, int] | None:
-    """A request line without the digits of its cursor, and the cursor; None if there is none that can be found so.
+    """A request line without its cursor, and the cursor; None if there is none that can be found so.
 
-    In a line that is known to be a poll's, the first `&start=` can be nothing but the parameter.
+    In a line that is known to be a poll's, `&start=` can be nothing but the parameter.
     """
-    begin = line.find(_START) + len(_START)
-    digits = line[begin : begin + _CURSOR_DIGITS]
-    if begin < len(_START) or not digits.isdigit() or digits.startswith(b"0") or (cursor := int(digits)) > MAX_ID:
+    found = _CURSOR.search(line)
+    if found is None:
         return None
-    return line[:begin] + line[begin + len(digits) :], cursor
+    begin, end = found.span(1)
+    cursor = LATEST if found[1] == b"latest" else int(found[1])
+    return None if cursor > MAX_ID else (line[:begin] + line[end:], cursor)

@@ -13,7 +13,7 @@ from pushup.asked import Asked, Memory
 from pushup.errors import PushUpError
 from pushup.head import Way, parse_head
 from pushup.memory import MemoryBroker
-from pushup.messages import MAX_ID
+from pushup.messages import LATEST, MAX_ID
 from pushup.metrics import Metrics
 from pushup.node import Node
 from pushup.realm import Realm
@@ -71,6 +71,15 @@ def test_another_cursor_needs_no_parsing() -> None:
     assert known[0][0].poll.channels is known[1][0].poll.channels
 
 
+def test_the_first_poll_is_like_those_after_it() -> None:
+    """A client that asks for the latest first is remembered once."""
+    memory = learned(request("channel=a&start=latest"))
+
+    first, second = (memory.recall(request(f"channel=a&start={start}")) for start in ("latest", CURSOR))
+
+    assert [known and known[0].poll.start for known in (first, second)] == [LATEST, CURSOR]
+
+
 def test_other_fields_are_another_request() -> None:
     """Also where the line is the same."""
     memory = learned(request(f"channel=a&start={CURSOR}"))
@@ -78,7 +87,9 @@ def test_other_fields_are_another_request() -> None:
     assert memory.recall(request(f"channel=a&start={CURSOR}", "Cookie: a=b")) is None
 
 
-@pytest.mark.parametrize("cursor", ["", "0", "latest", "-1", CURSOR // 10, CURSOR * 10, f"0{CURSOR // 10}", MAX_ID + 1])
+@pytest.mark.parametrize(
+    "cursor", ["", "0", "latestx", "-1", CURSOR // 10, CURSOR * 10, f"0{CURSOR // 10}", MAX_ID + 1]
+)
 def test_what_is_no_usual_cursor_is_parsed(cursor: object) -> None:
     """Ids have 16 digits; what has more or less, or is above all ids, does not pass for one."""
     memory = learned(request(f"channel=a&start={CURSOR}"))
@@ -141,6 +152,8 @@ _PARTS = (
     f"start={CURSOR}7",
     f"start={CURSOR}&",
     "start=",
+    "start=latest",
+    "start=latest7",
     f"%73tart={CURSOR}",
     f"xstart={CURSOR}",
     f"end={CURSOR}",
