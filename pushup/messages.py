@@ -39,8 +39,14 @@ def parse_channel(name: str | int) -> str:
         if isinstance(name, bool) or not 0 < name <= MAX_ID:
             raise InvalidParameter("channel", f"an integer channel lies between 1 and {MAX_ID}")
         return str(name)
-    if name.isalpha() and name.isascii() and len(name) <= MAX_NAME_BYTES:
-        return name
+    if (
+        name.isascii()
+        and name.isprintable()
+        and len(name) <= MAX_NAME_BYTES
+        and not name.isdigit()
+        and name not in ("", ".", "..")
+    ):
+        return name  # As most are. The rest says what is wrong with others.
     if _INTEGER.match(name):
         if name[0] == "0" or len(name) > len(str(MAX_ID)) or int(name) > MAX_ID:
             raise InvalidParameter("channel", f"a name of digits only is an integer channel, between 1 and {MAX_ID}")
