@@ -3,7 +3,7 @@
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Final
@@ -11,13 +11,16 @@ from typing import Final
 from loadtest.dialects import Dialect, make_payload
 from loadtest.fleet import Delivery, Fleet, FleetError, Publication
 from loadtest.machine import Ran, kernel_bytes
+from loadtest.pushpin import Pushpin
 from loadtest.results import OURS, Medians, Target, Values, percentile
 from loadtest.scenario import Bench, Case, Parameters, Samples, Scenario, comparison
-from loadtest.servers import Floor, Nchan, PushUp, Server
+from loadtest.servers import Floor, Nchan, NchanRedis, PushUp, PushUpRedis, Server
 
 ROUNDS: Final = 5
 QUICK_ROUNDS: Final = 1
-PATIENCE_S: Final = 60.0
+SIDE_ROUNDS: Final = 3
+"""Of what no target is about."""
+PATIENCE_S: Final = 30.0
 """How long one publication's answers, or one sweep's, may take before the round counts as failed."""
 PARK_S: Final = 30.0
 WARM_UP_POLLS: Final = 50
@@ -71,24 +74,23 @@ def measure_crowd(bench: Bench, crowd: Crowd) -> tuple[Values, Samples]:
         fleet.add_pollers(crowd.subscriptions, crowd.headers)
         server.settle()
         connected, kernel = server.memory() - before, kernel_bytes() - kernel_before
-        fleet.park()
-        _await_parked(server, fleet, count)
+        _park(server, fleet, count)
         parked = server.memory() - before
         bench.step()
-        ticks_before, cpu_before = server.ticks_ns(), server.ran().cpu
+        ticks_before, cpu_before, beside_before = server.ticks_ns(), server.ran().cpu, server.ran_beside()
         for number in range(sweeps):
             publications = crowd.sweep(number, server.dialect)
             start = server.settle()
             deliveries.append(fleet.publish(publications, PATIENCE_S, again=again))
             answering.append(server.ran() - start)
             middle = server.settle()
-            fleet.park()
-            end = _await_parked(server, fleet, count)
+            end = _park(server, fleet, count)
             delivering.append(middle - start)
             parking.append(end - middle)
             bench.step()
         used = server.ran().cpu - cpu_before
         by_ticks = server.ticks_ns() - ticks_before
+        beside = _cpu_beside(server, beside_before)
         after = server.memory() - before
     answers = count * sweeps
     delivering_us, parking_us = (sum(ran.cpu for ran in phase) / answers / 1e3 for phase in (delivering, parking))
@@ -99,6 +101,7 @@ def measure_crowd(bench: Bench, crowd: Crowd) -> tuple[Values, Samples]:
         "kernel_per_connection_bytes": kernel / count,
         "cpu_delivery_and_park_us": delivering_us + parking_us,
         "deliveries_per_s": count / _median_wall_s(deliveries),
+        **{f"{what}_cpu_delivery_us": cpu / answers / 1e3 for what, cpu in beside.items()},
         **_pace(deliveries, answering),
         **_latencies([latency for delivery in deliveries for latency in delivery.answers]),
     }
@@ -135,6 +138,8 @@ def measure_publishing(bench: Bench) -> tuple[Values, Samples]:
     with bench.fleet() as fleet:
         fleet.add_publishers(parameters["publishers"])
         fleet.publish(publications[: max(len(publications) // 10, 1)], PATIENCE_S)
+        server.settle()
+        beside_before = server.ran_beside()
         bench.step()
         for _ in range(parameters["sweeps"]):
             start = server.settle()
@@ -142,6 +147,7 @@ def measure_publishing(bench: Bench) -> tuple[Values, Samples]:
             answering.append(server.ran() - start)
             used.append(server.settle() - start)
             bench.step()
+        beside = _cpu_beside(server, beside_before)
     acknowledged = sorted(latency for delivery in deliveries for latency in delivery.acknowledgements)
     total = messages * parameters["sweeps"]
     return {
@@ -149,6 +155,7 @@ def measure_publishing(bench: Bench) -> tuple[Values, Samples]:
         "cpu_publication_us": sum(ran.cpu for ran in used) / total / 1e3,
         "acknowledged_p50_ms": percentile(acknowledged, 50) / 1e6,
         "acknowledged_p99_ms": percentile(acknowledged, 99) / 1e6,
+        **{f"{what}_cpu_publication_us": cpu / total / 1e3 for what, cpu in beside.items()},
         **_pace(deliveries, answering),
     }, {
         "cpu_s": [ran.cpu / 1e9 for ran in used],
@@ -156,6 +163,11 @@ def measure_publishing(bench: Bench) -> tuple[Values, Samples]:
         "client_cpu_s": [delivery.client.cpu / 1e9 for delivery in deliveries],
         "client_idle_s": [delivery.idle / 1e9 for delivery in deliveries],
     }
+
+
+def _cpu_beside(server: Server, before: Mapping[str, Ran]) -> Mapping[str, int]:
+    """Processor time of what the server needs since then, ns, by what it is."""
+    return {what: (ran - before[what]).cpu for what, ran in server.ran_beside().items()}
 
 
 def _request(dialect: Dialect, items: Sequence[tuple[str, bytes]], polls: int = 0) -> Publication:
@@ -173,15 +185,16 @@ def _warm_up(bench: Bench, crowd: Crowd) -> None:
         channels = [f"warm{index}" for index in range(width)]
         fleet.add_pollers([channels] * polls, crowd.headers)
         for number in range(WARM_UP_PUBLICATIONS):
-            fleet.park()
-            _await_parked(bench.server, fleet, polls)
+            _park(bench.server, fleet, polls)
             item = (channels[0], make_payload(channels[0], number, size))
             fleet.publish([_request(bench.server.dialect, [item], polls)], PATIENCE_S)
     _await_count(bench.server, 0)
 
 
-def _await_parked(server: Server, fleet: Fleet, count: int) -> Ran:
-    """Wait until so many polls are parked and the server rests; how long it had run by then."""
+def _park(server: Server, fleet: Fleet, count: int) -> Ran:
+    """Return when so many polls, all of the fleet's, are parked and the server rests; how long it had run by then."""
+    while fleet.park(server.burst) == server.burst:
+        server.settle()
     deadline = time.monotonic() + PARK_S
     while True:
         settled = server.settle()
@@ -321,18 +334,15 @@ def browser_headers(index: int) -> bytes:
 
 _STEPWISE: Final = "parked again together"
 _AT_ONCE: Final = "polling again at once"
+_SINGLY: Final = "one message per request"
+_ARRAYS: Final = f"arrays of {BATCH}"
+
+_PEERS: Final = (PushUp, Nchan, Pushpin)
+_OVER_REDIS: Final = (PushUpRedis, NchanRedis)
 
 
-def _ratio(case: str, metric: str) -> Callable[[Medians], float | None]:
-    return lambda medians: medians.ratio(case, metric, Nchan.name)
-
-
-_FAN_OUT_TARGETS: Final = (
-    Target("memory per parked poll ≤ 1/3 of Nchan's", _ratio(_STEPWISE, "memory_per_poll_bytes"), 1 / 3),
-    Target("CPU per delivery and to park again ≤ Nchan's", _ratio(_STEPWISE, "cpu_delivery_and_park_us"), 1),
-    Target("deliveries/s ≥ 1.2 × Nchan's", _ratio(_STEPWISE, "deliveries_per_s"), 1.2, at_most=False),
-    Target("p99 of the fan-out ≤ Nchan's", _ratio(_STEPWISE, "latency_p99_ms"), 1),
-)
+def _ratio(case: str, metric: str, peer: type[Server] = Nchan) -> Callable[[Medians], float | None]:
+    return lambda medians: medians.ratio(case, metric, peer.name)
 
 
 def _growth(small: str, large: str, metric: str) -> Callable[[Medians], float | None]:
@@ -343,36 +353,31 @@ def _growth(small: str, large: str, metric: str) -> Callable[[Medians], float | 
     return value
 
 
+def _against_single_requests(medians: Medians) -> float | None:
+    """PushUp's messages/s in arrays, divided by Nchan's, which takes one per request."""
+    metric = "publications_per_s"
+    found, theirs = medians.of(_ARRAYS, metric, OURS), medians.of(_SINGLY, metric, Nchan.name)
+    return None if found is None or not theirs else found / theirs
+
+
+def _memory(case: str, peer: type[Server] = Nchan) -> Target:
+    return Target(
+        f"memory per parked poll ≤ 1/4 of {peer.name}'s ({case})",
+        _ratio(case, "memory_per_poll_bytes", peer),
+        1 / 4,
+    )
+
+
 def scenarios(*, quick: bool) -> tuple[Scenario, ...]:
     """In the order to run them. `quick`: sizes that show whether it works, not how well."""
     rounds = QUICK_ROUNDS if quick else ROUNDS
-    audience = {"polls": 1000 if quick else 10_000, "message_bytes": 100, "sweeps": 5 if quick else 20}
+    audience = {"polls": 1000 if quick else 10_000, "message_bytes": 100, "sweeps": 4 if quick else 10}
+    # As many as Pushpin parks in a reasonable time, which is not for long bursts.
+    few = {"polls": 200 if quick else 1000, "message_bytes": 100, "sweeps": 2 if quick else 5}
     crowd = 1000 if quick else 16_000
-    own = {"polls": crowd, "message_bytes": 100, "sweeps": 2 if quick else 4, "publishers": LANES}
-    sizes = (200, 500, 1000) if quick else (1000, 4000, 16_000)
-    quiet = {
-        "messages": 5000 if quick else 40_000,
-        "channels": 200,
-        "message_bytes": 100,
-        "sweeps": 2,
-        "publishers": 50,
-    }
-    ten = [
-        Case(
-            f"{polls:,} polls",
-            # About as many answers for each size, so that each is known as well.
-            {
-                "polls": polls,
-                "width": 10,
-                "audience": 20 if quick else 100,
-                "message_bytes": 100,
-                "sweeps": min(max(sizes[-1] * 5 // polls, 5), 40),
-            },
-            measure_ten_channels,
-        )
-        for polls in sizes
-    ]
-    growth = math.log(sizes[-1]) / math.log(sizes[0])
+    own = {"polls": crowd, "message_bytes": 100, "sweeps": 2 if quick else 3, "publishers": LANES}
+    many = f"{crowd:,} polls, {_SINGLY}"
+    some = f"{few['polls']:,} polls"
     return (
         comparison(
             "fanout",
@@ -380,8 +385,41 @@ def scenarios(*, quick: bool) -> tuple[Scenario, ...]:
             (
                 Case(_STEPWISE, audience, measure_fan_out),
                 Case(_AT_ONCE, {**audience, "again": 1}, measure_fan_out),
+                Case(some, few, measure_fan_out, _PEERS),
             ),
-            _FAN_OUT_TARGETS,
+            (
+                _memory(_STEPWISE),
+                _memory(some, Pushpin),
+                Target(
+                    "CPU per delivery and to park again ≤ 0.8 × Nchan's",
+                    _ratio(_STEPWISE, "cpu_delivery_and_park_us"),
+                    0.8,
+                ),
+                Target("p99 of the fan-out ≤ Nchan's", _ratio(_STEPWISE, "latency_p99_ms"), 1),
+            ),
+            rounds=rounds,
+        ),
+        comparison(
+            "fanout-16000",
+            f"{crowd:,} polls parked on one channel: how many deliveries a second?",
+            (Case(_STEPWISE, {**audience, "polls": crowd}, measure_fan_out),),
+            (
+                _memory(_STEPWISE),
+                Target("deliveries/s ≥ 1.5 × Nchan's", _ratio(_STEPWISE, "deliveries_per_s"), 1.5, at_most=False),
+            ),
+            rounds=rounds,
+        ),
+        comparison(
+            "fanout-redis",
+            f"{audience['polls']:,} polls of one channel, spread over two nodes over Redis: what does each cost?",
+            (Case(_STEPWISE, audience, measure_fan_out, _OVER_REDIS),),
+            (
+                Target(
+                    "CPU of the nodes per delivery and to park again ≤ 0.5 × that of Nchan over Redis",
+                    _ratio(_STEPWISE, "cpu_delivery_and_park_us", NchanRedis),
+                    0.5,
+                ),
+            ),
             rounds=rounds,
         ),
         comparison(
@@ -391,45 +429,123 @@ def scenarios(*, quick: bool) -> tuple[Scenario, ...]:
                 Case(_STEPWISE, audience, measure_browsers),
                 Case(_AT_ONCE, {**audience, "again": 1}, measure_browsers),
             ),
-            rounds=rounds,
+            rounds=min(rounds, SIDE_ROUNDS),
         ),
         comparison(
             "floor",
             "The fan-out by a uvloop protocol that parses nothing: how much of the cost is not ours to save?",
             (Case(_STEPWISE, audience, measure_fan_out, (PushUp, Floor)),),
-            rounds=rounds,
+            rounds=min(rounds, SIDE_ROUNDS),
         ),
         comparison(
             "many-channels",
             f"{crowd:,} polls over as many channels, one publication to each: what does each cost?",
             (
-                Case("one message per request", {**own, "batch": 1}, measure_many_channels),
-                Case(f"arrays of {BATCH}", {**own, "batch": BATCH}, measure_many_channels, (PushUp,)),
-            ),
-            rounds=rounds,
-        ),
-        comparison(
-            "ten-channels",
-            "Polls of ten channels each: does the cost grow with their number faster than its logarithm?",
-            tuple(ten),
-            (
-                Target(
-                    f"PushUp's CPU per delivery and to park again grows from {ten[0].name} to {ten[-1].name} "
-                    f"no faster than the logarithm (× {growth:.2f})",
-                    _growth(ten[0].name, ten[-1].name, "cpu_delivery_and_park_us"),
-                    growth,
+                Case(many, {**own, "batch": 1}, measure_many_channels),
+                Case(f"{crowd:,} polls, {_ARRAYS}", {**own, "batch": BATCH}, measure_many_channels, (PushUp,)),
+                Case(
+                    f"{some}, {_SINGLY}",
+                    {**few, "sweeps": 2, "publishers": LANES, "batch": 1},
+                    measure_many_channels,
+                    _PEERS,
                 ),
             ),
+            (_memory(many), _memory(f"{some}, {_SINGLY}", Pushpin)),
             rounds=rounds,
         ),
-        comparison(
-            "publish",
-            f"Publications to {quiet['channels']} channels nobody polls, over {quiet['publishers']} connections: "
-            "how many, and what does each cost?",
-            (
-                Case("one message per request", {**quiet, "batch": 1}, measure_publishing),
-                Case(f"arrays of {BATCH}", {**quiet, "batch": BATCH}, measure_publishing, (PushUp,)),
+        _ten_channels(rounds, quick=quick),
+        _publish(rounds, quick=quick),
+        _publish_redis(rounds, quick=quick),
+    )
+
+
+def _ten_channels(rounds: int, *, quick: bool) -> Scenario:
+    sizes = (200, 500, 1000) if quick else (1000, 4000, 16_000)
+    cases = [
+        Case(
+            f"{polls:,} polls",
+            # About as many answers for each size, so that each is known as well.
+            {
+                "polls": polls,
+                "width": 10,
+                "audience": 20 if quick else 100,
+                "message_bytes": 100,
+                "sweeps": min(max(sizes[-1] * 3 // polls, 3), 20),
+            },
+            measure_ten_channels,
+        )
+        for polls in sizes
+    ]
+    small, large = cases[0], cases[-1]
+    growth = math.log(sizes[-1]) / math.log(sizes[0])
+    beside_pushpin = Case(
+        f"{small.name}, beside Pushpin", {**small.parameters, "sweeps": SIDE_ROUNDS}, measure_ten_channels, _PEERS
+    )
+    return comparison(
+        "ten-channels",
+        "Polls of ten channels each: does the cost grow with their number faster than its logarithm?",
+        (*cases, beside_pushpin),
+        (
+            Target(
+                f"PushUp's CPU per delivery and to park again grows from {small.name} to {large.name} "
+                f"no faster than the logarithm (× {growth:.2f})",
+                _growth(small.name, large.name, "cpu_delivery_and_park_us"),
+                growth,
             ),
-            rounds=rounds,
+            _memory(large.name),
+            _memory(beside_pushpin.name, Pushpin),
         ),
+        rounds=rounds,
+    )
+
+
+def _quiet(messages: int) -> Parameters:
+    return {"messages": messages, "channels": 200, "message_bytes": 100, "sweeps": 2, "publishers": 50}
+
+
+def _publish(rounds: int, *, quick: bool) -> Scenario:
+    quiet, slowly = _quiet(5000 if quick else 40_000), _quiet(1000 if quick else 4000)
+    return comparison(
+        "publish",
+        f"Publications to {quiet['channels']} channels nobody polls, over {quiet['publishers']} connections: "
+        "how many, and what does each cost?",
+        (
+            Case(_SINGLY, {**quiet, "batch": 1}, measure_publishing),
+            Case(_ARRAYS, {**quiet, "batch": BATCH}, measure_publishing, (PushUp,)),
+            # Pushpin closes the connection after each request, and a connection's port rests for a minute.
+            Case(f"{_SINGLY}, a connection each", {**slowly, "batch": 1}, measure_publishing, (Pushpin,)),
+            Case(f"{_ARRAYS}, a connection each", {**quiet, "batch": BATCH}, measure_publishing, (Pushpin,)),
+        ),
+        (
+            Target("publications/s ≥ Nchan's", _ratio(_SINGLY, "publications_per_s"), 1, at_most=False),
+            Target(
+                f"messages/s in {_ARRAYS} ≥ 5 × Nchan's, which takes one per request",
+                _against_single_requests,
+                5,
+                at_most=False,
+            ),
+        ),
+        rounds=rounds,
+    )
+
+
+def _publish_redis(rounds: int, *, quick: bool) -> Scenario:
+    quiet = _quiet(2000 if quick else 20_000)
+    return comparison(
+        "publish-redis",
+        f"Publications to {quiet['channels']} channels nobody polls, at two nodes over Redis: "
+        "how many, and what does each cost? Redis is on the client's core.",
+        (
+            Case(_SINGLY, {**quiet, "batch": 1}, measure_publishing, _OVER_REDIS),
+            Case(_ARRAYS, {**quiet, "batch": BATCH}, measure_publishing, (PushUpRedis,)),
+        ),
+        (
+            Target(
+                "publications/s ≥ 1.2 × those of Nchan over Redis",
+                _ratio(_SINGLY, "publications_per_s", NchanRedis),
+                1.2,
+                at_most=False,
+            ),
+        ),
+        rounds=rounds,
     )

@@ -71,6 +71,9 @@ class Dialect(Protocol):
     batches: bool
     """Whether one request may hold many publications."""
 
+    one_shot: bool
+    """Whether the server closes a publisher's connection after each request."""
+
     def poll(self, channels: Sequence[str], headers: bytes) -> tuple[bytes, bytes]:
         """The bytes of a poll before and after the cursor. `headers`: whole lines, each with its CRLF."""
         ...
@@ -108,6 +111,7 @@ class PushUpDialect:
 
     first_cursor = b"latest"
     batches = True
+    one_shot = False
 
     def __init__(self, timeout_s: int) -> None:
         self._timeout_s = timeout_s
@@ -151,6 +155,7 @@ class NchanDialect:
 
     first_cursor = b""
     batches = False
+    one_shot = False
 
     def poll(self, channels: Sequence[str], headers: bytes) -> tuple[bytes, bytes]:
         return (
@@ -174,4 +179,33 @@ class NchanDialect:
 
     def check_published(self, response: Response, messages: int) -> None:
         if messages != 1 or response.status not in (201, 202):
+            raise WrongAnswer(f"{messages} messages were answered {response.status}: {response.body[:200]!r}")
+
+
+class PushpinDialect:
+    """Pushpin's, and that of the origin behind it (`loadtest.grip`). It keeps nothing, so it has no cursors."""
+
+    first_cursor = b""
+    batches = True
+    one_shot = True
+
+    def poll(self, channels: Sequence[str], headers: bytes) -> tuple[bytes, bytes]:
+        return f"GET /poll?id={','.join(channels)} HTTP/1.1\r\nHost: 127.0.0.1\r\n".encode() + headers, b"\r\n"
+
+    def publish(self, channel: str, payload: bytes) -> bytes:
+        return self.publish_batch([(channel, payload)])
+
+    def publish_batch(self, items: Sequence[tuple[str, bytes]]) -> bytes:
+        body = [
+            {"channel": channel, "formats": {"http-response": {"body": payload.decode()}}} for channel, payload in items
+        ]
+        return _post("/publish/", "application/json", _compact({"items": body}))
+
+    def hear(self, response: Response) -> Heard:
+        if response.status != 200:
+            raise WrongAnswer(f"a poll was answered {response.status}: {response.body[:200]!r}")
+        return Heard(response.body, b"")
+
+    def check_published(self, response: Response, messages: int) -> None:
+        if response.status != 200 or response.body != b"Published\n":
             raise WrongAnswer(f"{messages} messages were answered {response.status}: {response.body[:200]!r}")

@@ -8,6 +8,7 @@ import os
 import select
 import socket
 import struct
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from typing import Final, NamedTuple, Self
 
 from loadtest.dialects import Dialect, Heard, WrongAnswer, channel_of, parse_response
 from loadtest.machine import NEVER_RAN, Ran, ran
+
+Address = tuple[str, int]
 
 CONNECT_BURST: Final = 256
 CONNECT_S: Final = 30.0
@@ -83,13 +86,22 @@ class _Publisher:
 class Fleet:
     """Connections to one server, open from their making to the end of the `with` block.
 
-    `addresses`: those of its nodes; connections of either kind go to each in turn. `spin`: never sleep while answers
-    are due; to wake a sleeping client costs the server time that it would not spend on a client elsewhere. Raises
-    FleetError for whatever the server does wrong; the fleet is then of no further use.
+    `addresses`: those of its nodes; clients go to each in turn, and so do publishers, to `publish_addresses` if they
+    are others. `spin`: never sleep while answers are due; to wake a sleeping client costs the server time that it would
+    not spend on a client elsewhere. Raises FleetError for whatever the server does wrong; the fleet is then of no
+    further use.
     """
 
-    def __init__(self, addresses: Sequence[tuple[str, int]], dialect: Dialect, *, spin: bool = False) -> None:
+    def __init__(
+        self,
+        addresses: Sequence[Address],
+        dialect: Dialect,
+        *,
+        spin: bool = False,
+        publish_addresses: Sequence[Address] = (),
+    ) -> None:
         self._addresses = addresses
+        self._publish_addresses = publish_addresses or addresses
         self._dialect = dialect
         self._spin = spin
         self._epoll = select.epoll()
@@ -110,7 +122,7 @@ class Fleet:
 
     def add_publishers(self, count: int) -> None:
         """Connect so many publishers."""
-        for connection in self._connect(count):
+        for connection in self._connect(count, self._publish_addresses):
             self._publishers[connection.fileno()] = _Publisher(connection)
 
     def add_pollers(
@@ -118,7 +130,7 @@ class Fleet:
     ) -> None:
         """Connect one client per list of channels. `headers`: more lines for the polls of the client of that index."""
         shared: dict[tuple[str, ...], tuple[frozenset[str], bytes, bytes]] = {}
-        for index, connection in enumerate(self._connect(len(subscriptions))):
+        for index, connection in enumerate(self._connect(len(subscriptions), self._addresses)):
             channels = tuple(subscriptions[index])
             lines = headers(index)
             if lines:
@@ -130,12 +142,13 @@ class Fleet:
             poller.cursor = self._dialect.first_cursor
             self._pollers[connection.fileno()] = poller
 
-    def park(self) -> None:
-        """Send the next poll of every client that has none waiting. Returns when all are sent."""
-        for poller in self._pollers.values():
-            if not poller.parked:
-                self._send(poller.socket, poller.before + poller.cursor + poller.after)
-                poller.parked = True
+    def park(self, most: int = sys.maxsize) -> int:
+        """Send the next poll of every client that has none waiting, of so many at most; how many were sent."""
+        resting = [poller for poller in self._pollers.values() if not poller.parked][:most]
+        for poller in resting:
+            self._send(poller.socket, poller.before + poller.cursor + poller.after)
+            poller.parked = True
+        return len(resting)
 
     def expect_silence(self) -> None:
         """Raises FleetError if the server has said something that nobody waited for."""
@@ -215,6 +228,8 @@ class Fleet:
                     if not sent:
                         last = at
                     due -= 1
+                    if self._dialect.one_shot:
+                        self._reconnect(publisher)
                     send_next(publisher)
                     continue
                 data = poller.socket.recv(READ_BYTES)
@@ -246,6 +261,14 @@ class Fleet:
                     poller.parked = False
         delivery.wall = last - begin
 
+    def _reconnect(self, publisher: _Publisher) -> None:
+        """A new connection in place of one that the server has closed, to the same address."""
+        address = publisher.socket.getpeername()
+        del self._publishers[publisher.socket.fileno()]
+        publisher.socket.close()
+        (publisher.socket,) = self._connect(1, [address])
+        self._publishers[publisher.socket.fileno()] = publisher
+
     @staticmethod
     def _unfinished(before: bytes, data: bytes) -> bytes:
         if len(before) == len(data):
@@ -261,7 +284,7 @@ class Fleet:
         if sent != len(data):
             raise FleetError(f"the server does not read: {sent} of {len(data)} bytes could be sent")
 
-    def _connect(self, count: int) -> Iterable[socket.socket]:
+    def _connect(self, count: int, addresses: Sequence[Address]) -> Iterable[socket.socket]:
         deadline = time.monotonic() + CONNECT_S
         for first in range(0, count, CONNECT_BURST):
             burst = []
@@ -271,7 +294,7 @@ class Fleet:
                 burst.append(connection)
                 try:
                     connection.settimeout(max(deadline - time.monotonic(), 0.001))
-                    connection.connect(self._addresses[number % len(self._addresses)])
+                    connection.connect(addresses[number % len(addresses)])
                 except OSError as error:
                     for opened in burst:
                         opened.close()

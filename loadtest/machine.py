@@ -123,8 +123,12 @@ def ticks_ns(pids: Iterable[int]) -> int:
 
 
 def asleep(pids: Iterable[int]) -> bool:
-    """Whether every process waits for something."""
-    return all(parse_stat(Path(f"/proc/{pid}/stat").read_text()).state == "S" for pid in pids)
+    """Whether every thread of every process waits for something."""
+    return all(
+        parse_stat(Path(f"/proc/{pid}/task/{thread}/stat").read_text()).state == "S"
+        for pid in pids
+        for thread in os.listdir(f"/proc/{pid}/task")
+    )
 
 
 def family(pid: int) -> tuple[int, ...]:

@@ -11,12 +11,12 @@ from loadtest.results import (
     CLIENT_BOUND_BUSY,
     DISTURBED,
     METRICS,
-    OURS,
     RESULTS,
     Measurement,
     Medians,
     Result,
     newest,
+    ours,
 )
 from loadtest.scenario import Scenario
 
@@ -151,8 +151,8 @@ def _table(medians: Medians, case: str) -> str:
     servers = medians.servers(case)
     if not servers:
         return "Nothing could be measured."
-    peers = [server for server in servers if server != OURS]
-    rows = [["", *servers, *(f"{OURS} / {peer}" for peer in peers if OURS in servers)]]
+    peers = [server for server in servers if server != ours(server) and ours(server) in servers]
+    rows = [["", *servers, *(f"{ours(peer)} / {peer}" for peer in peers)]]
     for metric in medians.metrics(case):
         about = METRICS[metric]
         row = [f"{about.title} ({about.unit})"]
@@ -163,7 +163,7 @@ def _table(medians: Medians, case: str) -> str:
                 continue
             low, high = (f"{value / about.scale:,.{about.digits}f}" for value in medians.ranges[case, metric, server])
             row.append(f"{middle / about.scale:,.{about.digits}f} ({low}–{high})")
-        for peer in peers if OURS in servers else ():
+        for peer in peers:
             ratio = medians.ratio(case, metric, peer)
             row.append("–" if ratio is None else f"{ratio:.2f}")
         rows.append(row)

@@ -41,6 +41,9 @@ METRICS: Final[Mapping[str, Metric]] = {
     "cpu_park_us": Metric("server CPU to park again", "µs", 2),
     "cpu_delivery_and_park_us": Metric("server CPU per delivery and to park again", "µs", 2),
     "cpu_publication_us": Metric("server CPU per publication", "µs", 2),
+    "redis_cpu_delivery_us": Metric("Redis' CPU per delivery and next poll", "µs", 2),
+    "origin_cpu_delivery_us": Metric("CPU of Pushpin's origin per delivery and next poll", "µs", 2),
+    "origin_cpu_publication_us": Metric("CPU of Pushpin's origin per publication", "µs", 2),
     "deliveries_per_s": Metric("deliveries", "/s", 0),
     "publications_per_s": Metric("publications", "/s", 0),
     "latency_mean_ms": Metric("publish → answer, mean", "ms", 2),
@@ -178,9 +181,9 @@ class Medians:
         return self.values.get((case, metric, server))
 
     def ratio(self, case: str, metric: str, peer: str) -> float | None:
-        """PushUp's median divided by the peer's; None where either is missing."""
-        ours, theirs = self.of(case, metric, OURS), self.of(case, metric, peer)
-        return None if ours is None or not theirs else ours / theirs
+        """PushUp's median divided by the peer's, over Redis if that is; None where either is missing."""
+        found, theirs = self.of(case, metric, ours(peer)), self.of(case, metric, peer)
+        return None if found is None or not theirs else found / theirs
 
     def cases(self) -> list[str]:
         """In the order of measuring."""
@@ -236,8 +239,8 @@ class Result:
         for (case, metric, server), value in medians.values.items():
             computed.setdefault(case, {}).setdefault(metric, {})[server] = value
             ratio = medians.ratio(case, metric, server)
-            if server != OURS and ratio is not None:
-                computed[case][metric][f"{OURS}/{server}"] = ratio
+            if server != ours(server) and ratio is not None:
+                computed[case][metric][f"{ours(server)}/{server}"] = ratio
         return {**asdict(self), "medians": computed}
 
     @staticmethod
@@ -246,6 +249,11 @@ class Result:
         fields = {name: value for name, value in data.items() if name != "medians"}
         fields["measurements"] = [Measurement(**measurement) for measurement in data["measurements"]]
         return Result(**fields)
+
+
+def ours(peer: str) -> str:
+    """What PushUp is called where it is compared with a server of that name: "PushUp over Redis" if that is, too."""
+    return OURS + "".join(peer.partition(" over ")[1:])
 
 
 def save(result: Result, path: Path | None = None) -> Path:

@@ -106,7 +106,8 @@ class Bench:
 
     def fleet(self) -> Fleet:
         """Clients of the server."""
-        return Fleet(self.server.addresses, self.server.dialect, spin=self.spin)
+        server = self.server
+        return Fleet(server.addresses, server.dialect, spin=self.spin, publish_addresses=server.publish_addresses)
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,13 @@ class Case:
 
 
 def comparison(
-    name: str, question: str, cases: Sequence[Case], targets: Sequence[Target] = (), *, rounds: int
+    name: str,
+    question: str,
+    cases: Sequence[Case],
+    targets: Sequence[Target] = (),
+    *,
+    rounds: int,
+    pinned: bool = True,
 ) -> Scenario:
     """The scenario that measures every case on every server in turn, one fresh server at a time, `rounds` times."""
 
@@ -155,6 +162,7 @@ def comparison(
         rounds=rounds,
         seconds=rounds * SECONDS_A_SWEEP * sum(steps(case) * len(case.servers) for case in cases),
         targets=tuple(targets),
+        pinned=pinned,
     )
 
 

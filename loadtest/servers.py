@@ -126,6 +126,8 @@ class Server(ABC):
     nodes: ClassVar[int] = 1
     over_redis: ClassVar[bool] = False
     """Whether the nodes share a Redis; else there is but one."""
+    burst: ClassVar[int] = sys.maxsize
+    """How many polls it can take in the same moment."""
 
     dialect: Dialect
 
@@ -144,6 +146,11 @@ class Server(ABC):
         """The first node's."""
         return self.addresses[0]
 
+    @property
+    def publish_addresses(self) -> Sequence[Address]:
+        """Where to publish, one for each node."""
+        return self.addresses
+
     @classmethod
     @abstractmethod
     def versions(cls) -> Mapping[str, str]:
@@ -155,7 +162,7 @@ class Server(ABC):
 
     @abstractmethod
     def _make_node(self, name: str, port: int) -> Process:
-        """A node that will serve on the port; not started. The next port is free, too."""
+        """A node that will serve on the port; not started. The next two ports are free, too."""
 
     @abstractmethod
     def _start_node(self, node: Process) -> None:
@@ -247,7 +254,7 @@ class Server(ABC):
     def _start(self) -> None:
         with _pinned(self._cores.client):
             self._start_helpers()
-        ports = free_ports(self.nodes, row=2)
+        ports = free_ports(self.nodes, row=3)
         self.addresses = tuple((HOST, port) for port in ports)
         self._nodes = [self._make_node(f"node{number}", port) for number, port in enumerate(ports, 1)]
         for node in self._nodes:
@@ -275,7 +282,13 @@ class Server(ABC):
         self.beside = {what: family(helper.pid) for what, helper in self._helpers.items() if helper.alive}
 
     def _stop(self) -> None:
+        leaders = {process.pid for process in (*self._nodes, *self._helpers.values())}
         stop((*self._nodes, *self._helpers.values()), signal.SIGTERM, STOP_S)
+        for pid in self.pids:
+            # Whoever has a process group of its own, and was left behind.
+            with contextlib.suppress(ProcessLookupError):
+                if os.getsid(pid) in leaders:
+                    os.kill(pid, signal.SIGKILL)
         if self._temporary is not None:
             self._temporary.cleanup()
             self._temporary = None
