@@ -14,6 +14,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from email.utils import formatdate
 from functools import lru_cache
 from threading import Condition, Lock, Thread, stack_size
@@ -119,7 +120,7 @@ def serve(port: int) -> None:
                 Thread(target=converse, args=(connection, channels), daemon=True).start()
             except (RuntimeError, MemoryError) as error:
                 print(f"cannot start a thread: {error}", file=sys.stderr, flush=True)
-                with connection:
+                with connection, suppress(OSError):
                     connection.sendall(respond("503 Service Unavailable", _problem(f"no thread: {error}")))
 
 
@@ -131,7 +132,8 @@ def converse(connection: socket.socket, channels: Channels) -> None:
             for request in read_requests(connection):
                 connection.sendall(answer(request, channels))
         except Refused as error:
-            connection.sendall(respond("400 Bad Request", _problem(str(error))))
+            with suppress(OSError):
+                connection.sendall(respond("400 Bad Request", _problem(str(error))))
         except OSError:
             return
 

@@ -216,7 +216,7 @@ def why_failed(tally: Tally, values: Values) -> str:
 
 
 def make_samples(tally: Tally) -> Samples:
-    """The distribution of trip times, and every wrong thing in words is in the failure."""
+    """The distribution of trip times."""
     ordered = sorted(tally.trips)
     if not ordered:
         return {}
