@@ -10,6 +10,9 @@ _PART: Final = re.compile(rb"\r\n\r\n([\w.-]+)\r\n--")
 """A part of Nchan's multipart answers. Only for payloads as `make_payload` makes them."""
 
 
+_BOUNDARY: Final = re.compile(rb"boundary=([^\r]+)")
+
+
 class Answer(NamedTuple):
     """What a poll's answer said. `cursor` goes into the next poll of that client.
 
@@ -48,6 +51,15 @@ def _hear_nchan(dialect: NchanDialect, response: Response) -> Answer:
     return Answer(tuple(parts), heard.cursor)
 
 
+def without_boundary(data: bytes) -> bytes:
+    """A multipart answer's bytes with a boundary that is always the same, as long as that of the server; else alike.
+
+    Nchan makes a new one for each answer, so that no two are equal.
+    """
+    found = _BOUNDARY.search(data)
+    return data.replace(found[1], b"B" * len(found[1])) if found else data
+
+
 def publish_once(dialect: Dialect, channel: str, payload: bytes) -> bytes:
     """A request that may be sent again: with an idempotency key, where the server has such a thing."""
     if not isinstance(dialect, PushUpDialect):
@@ -66,8 +78,11 @@ def published_id(dialect: Dialect, response: Response) -> int:
 
 
 def number_of(payload: bytes) -> int:
-    """The number in a payload of `make_payload`."""
-    return int(payload.split(b".", 2)[1])
+    """The number in a payload of `make_payload`. Raises WrongAnswer where it is none of these."""
+    try:
+        return int(payload.split(b".", 2)[1])
+    except (IndexError, ValueError):
+        raise WrongAnswer(f"a message that nobody published: {payload[:200]!r}") from None
 
 
 def _name_of(payload: bytes) -> bytes:

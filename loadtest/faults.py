@@ -54,7 +54,7 @@ STEP_S: Final = 0.1
 ROUNDS: Final = 3
 SECONDS: Final = 10
 QUICK_SECONDS: Final = 4
-SPARE_S: Final = 3.5
+SPARE_S: Final = 2.5
 """What a trial takes beside its publications, about."""
 
 DOWN_S: Final = 0.5
@@ -276,14 +276,14 @@ class Trial:
         now = time.monotonic_ns()
         try:
             answer = hear(self._dialect, cursor, response)
+            numbers = [number_of(payload) for payload in answer.payloads]
         except WrongAnswer:
             self.counts.refused_polls += response.status != 200
             self.counts.wrong += response.status == 200
             raise
         if answer.gap:
             self.ledger.told(poller, *answer.gap)
-        for payload in answer.payloads:
-            number = number_of(payload)
+        for number in numbers:
             if number < 0:
                 self._primed.add(poller)
             elif not self.ledger.heard(poller, number, now):

@@ -26,8 +26,8 @@ ANSWER_S: Final = 1.0
 STEP_S: Final = 0.001
 READ_BYTES: Final = 65536
 START_MAX_MS: Final = 500.0
-SECONDS_A_START: Final = 0.6
-SECONDS_A_SERVER: Final = 1.5
+SECONDS_A_START: Final = 0.4
+SECONDS_A_SERVER: Final = 1.0
 
 CHANNEL: Final = "first"
 CASE: Final = "killed and started again"

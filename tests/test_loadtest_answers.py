@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from loadtest.answers import Answer, hear, number_of, publish_once, published_id
+from loadtest.answers import Answer, hear, number_of, publish_once, published_id, without_boundary
 from loadtest.dialects import NchanDialect, PushUpDialect, Response, WrongAnswer, make_payload, parse_response
 
 PUSHUP = PushUpDialect(25)
@@ -42,6 +42,14 @@ def test_nchan_answers_with_one_message_or_with_parts() -> None:
     assert hear(NCHAN, b"", nchan(parts, b"multipart/mixed; boundary=B.b")) == Answer((ONE, TWO), cursor)
 
 
+def test_answers_that_differ_in_their_boundary_alone_are_alike() -> None:
+    def answer(boundary: bytes) -> bytes:
+        return b"Content-Type: multipart/mixed; boundary=%b\r\n\r\n--%b\r\n\r\nx\r\n--%b--" % ((boundary,) * 3)
+
+    assert without_boundary(answer(b"1+B-.")) == without_boundary(answer(b"Qq/+7")) == answer(b"BBBBB")
+    assert without_boundary(b"Content-Type: text/plain\r\n\r\nx") == b"Content-Type: text/plain\r\n\r\nx"
+
+
 @pytest.mark.parametrize("dialect", [PUSHUP, NCHAN])
 def test_a_refusal_is_not_an_answer(dialect: PushUpDialect | NchanDialect) -> None:
     with pytest.raises(WrongAnswer, match="a poll was answered 503"):
@@ -72,3 +80,6 @@ def test_a_publication_has_an_id_where_ids_are_numbers() -> None:
 
 def test_a_payload_has_its_number() -> None:
     assert [number_of(make_payload("c1", number, 30)) for number in (0, 7, -2)] == [0, 7, -2]
+    for payload in (b"", b"c1", b"c1.x.", b"hello"):
+        with pytest.raises(WrongAnswer, match="nobody published"):
+            number_of(payload)

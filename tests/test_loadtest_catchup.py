@@ -40,7 +40,7 @@ def catch_up(answers: Answers, until: int) -> int:
         clients.connect(listener.getsockname())
         for _ in clients.all:
             threads.submit(talk, listener.accept()[0], answers)
-        seen = clients.catch_up(clients.all, until, 5)
+        seen = clients.catch_up(until, 5)
     assert len(seen.caught_up) == 3
     assert 0 < max(seen.caught_up) <= seen.wall
     return seen.polls
