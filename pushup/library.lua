@@ -25,8 +25,11 @@
 -- Publishing reads no message, only `ID SIZE`: so Redis can be told to let a user publish who may not read.
 --
 -- Numbers are exact doubles (ids stay below 2^53); `text` writes them, as Lua's own form has 14 digits only.
+--
+-- A publication is to cost little more than its commands, so what is made of texts again and again is remembered, in
+-- bounded tables. Nothing depends on it: what is written in Redis is compared first.
 
-local VERSION = 2
+local VERSION = 3
 local SECOND = 1000000
 local DAY = 86400 * SECOND
 local MAX_ID = 9007199254740991
@@ -41,9 +44,49 @@ local SWEPT_AT_ONCE = 100
 local READ_AT_ONCE = 128
 local RETRY = 60 * SECOND
 local REALM_BYTES = 268435456
+local REMEMBERED = 4096
+
+local register_function = redis.register_function
+
+-- Redis finds globals by a detour, and has none of these while it loads the library; so they are looked up once.
+local function globals()
+  return redis, cjson, string, math, ipairs, pcall, tonumber, unpack
+end
+local redis, cjson, string, math, ipairs, pcall, tonumber, unpack
+
+-- How whole numbers are formatted: twice as fast where the machine's integers are long enough.
+local number_format, facts_format
+
+local function prepare()
+  redis, cjson, string, math, ipairs, pcall, tonumber, unpack = globals()
+  number_format = string.format('%d', MAX_ID) == '9007199254740991' and '%d' or '%.0f'
+  facts_format = string.rep(number_format .. ' ', 8) .. number_format
+end
 
 local function text(number)
-  return string.format('%.0f', number)
+  return string.format(number_format, number)
+end
+
+-- What texts were parsed to. It is taken out to be used, as it may be changed then, and kept again with the text that was
+-- written of it: so a call that fails half-way leaves nothing wrong.
+local function memory(most)
+  local values, count = {}, 0
+  local function take(written)
+    local value = values[written]
+    if value then
+      values[written] = nil
+      count = count - 1
+    end
+    return value
+  end
+  local function keep(written, value)
+    if count >= most then
+      values, count = {}, 0
+    end
+    values[written] = value
+    count = count + 1
+  end
+  return take, keep
 end
 
 local function clock()
@@ -82,6 +125,9 @@ end
 
 local function guarded(callback)
   return function(keys, args)
+    if not number_format then
+      prepare()
+    end
     if not keys[1] or not string.find(keys[1], '^pushup:{[%w._-]+}$') then
       return redis.error_reply('INVALID the key is pushup:{REALM}')
     end
@@ -154,15 +200,18 @@ local function check_data(data, most)
   if #data > most then
     refuse('TOOLARGE', 'data is ' .. #data .. ' bytes of JSON; the limit is ' .. text(most))
   end
+  local plain = string.find(data, '^[ -~]*$')
   local good, values = pcall(cjson.decode, '[' .. data .. ']')
-  if not good or #values ~= 1 or not is_utf8(data) then
+  if not good or #values ~= 1 or not (plain or is_utf8(data)) then
     refuse('INVALID', 'data is not valid JSON')
   end
-  local _, opened = string.gsub(data, '[%[{]', '')
-  if opened > NESTING and depth(data) > NESTING then
-    refuse('INVALID', 'the data is nested more than ' .. NESTING .. ' levels deep')
+  if #data > 2 * NESTING then -- Whatever is nested deeper has so many brackets.
+    local _, opened = string.gsub(data, '[%[{]', '')
+    if opened > NESTING and depth(data) > NESTING then
+      refuse('INVALID', 'the data is nested more than ' .. NESTING .. ' levels deep')
+    end
   end
-  if string.find(data, '[\r\n]') then
+  if not plain and string.find(data, '[\r\n]') then
     data = string.gsub(data, '[\r\n]', ' ')
   end
   return data
@@ -177,23 +226,20 @@ end
 local REALM = {'birth', 'since', 'floor', 'unknown', 'channels', 'closed', 'ttl', 'window', 'max_messages',
   'idempotency', 'implicit', 'message_bytes', 'publish_channels', 'realm_bytes'}
 
--- It seldom changes, and is read with every call, so the last one is kept in numbers.
-local parsed, parsed_from
+local take_realm, keep_realm = memory(100)
+
 local function parse_realm(written)
-  if written ~= parsed_from then
-    parsed = {realm_bytes = REALM_BYTES} -- Version 1 wrote none.
+  local realm = take_realm(written)
+  if not realm then
+    realm = {realm_bytes = REALM_BYTES} -- Version 1 wrote none.
     local rest
-    parsed.run, parsed.kept, rest = string.match(written, '^(%w+) (%d) (.*)$')
+    realm.run, realm.kept, rest = string.match(written, '^(%w+) (%d) (.*)$')
     local at = 1
     for number in string.gmatch(rest, '%d+') do
-      parsed[REALM[at]] = tonumber(number)
+      realm[REALM[at]] = tonumber(number)
       at = at + 1
     end
-    parsed_from = written
-  end
-  local realm = {}
-  for field, value in pairs(parsed) do
-    realm[field] = value
+    realm.written = written
   end
   return realm
 end
@@ -203,14 +249,21 @@ local function save_realm(key, realm)
   for at, field in ipairs(REALM) do
     words[at + 2] = text(realm[field])
   end
-  redis.call('HSET', key, 'realm', table.concat(words, ' '))
+  realm.written = table.concat(words, ' ')
+  redis.call('HSET', key, 'realm', realm.written)
 end
 
 -- Facts of a channel: id of its last message, kept or not (0: none), floor, id of the oldest message kept (0: none),
 -- ttl, window, max_messages, when it was made, when it expires, bytes of data of the messages kept (version 1 wrote none:
 -- its messages have no sizes, and go as if Redis had lost them).
 
+local take_facts, keep_facts = memory(REMEMBERED)
+
 local function parse_facts(written)
+  local facts = take_facts(written)
+  if facts then
+    return facts
+  end
   local tail, bottom, first, ttl, window, most, created, expires, bytes =
     string.match(written, '^(%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+) ?(%d*)$')
   return {tail = tonumber(tail), floor = tonumber(bottom), first = tonumber(first), ttl = tonumber(ttl),
@@ -219,7 +272,7 @@ local function parse_facts(written)
 end
 
 local function show_facts(facts)
-  return string.format('%.0f %.0f %.0f %.0f %.0f %.0f %.0f %.0f %.0f', facts.tail, facts.floor, facts.first, facts.ttl,
+  return string.format(facts_format, facts.tail, facts.floor, facts.first, facts.ttl,
     facts.window, facts.max_messages, facts.created, facts.expires, facts.bytes)
 end
 
@@ -474,17 +527,78 @@ end
 
 -- Publishing
 
-local function put(key, seen, once, data, names)
-  if #names == 0 then
+-- What is made of the name of a channel of late: that it is a good one, its keys, its pub/sub channel, how it is shown.
+local places, placed = {}, 0
+local function find_place(key, name)
+  local here = places[key]
+  local place = here and here[name]
+  if place then
+    return place
+  end
+  check_name(name)
+  if placed >= REMEMBERED then
+    places, placed = {}, 0
+  end
+  placed = placed + 1
+  place = {field = 'c:' .. name, messages = key .. ':m:' .. name, sizes = key .. ':s:' .. name, shown = cjson.encode({name})}
+  places[key] = places[key] or {}
+  places[key][name] = place
+  return place
+end
+
+local function announcements(key, realm, name, place)
+  if place.birth ~= realm.birth then
+    place.birth, place.announced = realm.birth, pubsub(key, realm, 'a', name)
+  end
+  return place.announced
+end
+
+-- Store the message in one of its channels: the channel's facts, and the id of the message before.
+local function append(key, realm, name, place, known, now, id, message, size)
+  local channel = known or add(key, realm, name, now)
+  local messages, sizes = place.messages, place.sizes
+  local written = text(id)
+  local entry = written .. ' ' .. size
+  local count = redis.call('RPUSH', sizes, entry)
+  redis.call('ZADD', messages, written, message)
+  if redis.call('ZCARD', messages) ~= count or (count == 1 and channel.first > 0) then
+    forget(key, realm, name, channel)
+    count = redis.call('RPUSH', sizes, entry)
+    redis.call('ZADD', messages, written, message)
+  end
+  if count == 1 then
+    channel.first = id
+    redis.call('ZADD', key .. ':stale', text(stales(channel)), name)
+  end
+  weigh(realm, channel, size)
+  -- An eighth more than the window, so that old messages go many at once, and their keys are not put off to expire
+  -- with every one, but whenever another eighth begins. (Ids that are ahead of the clock do not tell.)
+  local eighth = math.max(1, math.floor(channel.window / 8))
+  if count == 1 or id > now or math.floor(channel.tail / eighth) < math.floor(id / eighth) then
+    local kept = text(math.ceil((channel.window + eighth) / 1000) + 1000)
+    redis.call('PEXPIRE', messages, kept)
+    redis.call('PEXPIRE', sizes, kept)
+  end
+  local prev = channel.tail
+  channel.tail = id
+  if count > channel.max_messages or channel.first < now - channel.window - eighth then
+    trim(key, realm, name, channel, now - channel.window, count)
+  end
+  channel.expires = now + channel.ttl
+  return channel, text(prev)
+end
+
+-- -> id, whether it is a duplicate (1), realm
+local function put(key, seen, once, data, given)
+  if #given == 0 then
     refuse('INVALID', 'a publication names at least one channel')
   end
-  local distinct, given = {}, names
-  names = {}
+  local distinct, names, found = {}, {}, {}
   for _, name in ipairs(given) do
-    check_name(name)
     if not distinct[name] then
       distinct[name] = true
       names[#names + 1] = name
+      found[#names] = find_place(key, name)
     end
   end
   local realm, facts, now = open(key, seen, #names <= NAMES_AT_ONCE and names or {})
@@ -494,7 +608,7 @@ local function put(key, seen, once, data, names)
   end
   refuse_in_doubt(now)
   data = check_data(data, realm.message_bytes)
-  local shown = cjson.encode(names)
+  local shown = #names == 1 and found[1].shown or cjson.encode(names)
   local memo
   if once ~= '' then
     memo = redis.sha1hex(shown .. data)
@@ -503,7 +617,7 @@ local function put(key, seen, once, data, names)
       refuse('KEYREUSED', 'the idempotency key was used for a different publication')
     end
     if id then
-      return {tonumber(id), 1, origin(realm)}
+      return tonumber(id), 1, realm
     end
   end
   for at, name in ipairs(names) do
@@ -518,50 +632,26 @@ local function put(key, seen, once, data, names)
   realm.last = id
   local written = text(id)
   local message = '[' .. written .. ',' .. shown .. ',' .. data .. ']'
-  local entry = written .. ' ' .. #data
   local saved = {'last', written, 'bytes', ''}
   local prevs = {}
   for at, name in ipairs(names) do
-    local channel = facts[at] or add(key, realm, name, now)
-    local messages, sizes = key .. ':m:' .. name, key .. ':s:' .. name
-    local count = redis.call('RPUSH', sizes, entry)
-    redis.call('ZADD', messages, written, message)
-    if redis.call('ZCARD', messages) ~= count or (count == 1 and channel.first > 0) then
-      forget(key, realm, name, channel)
-      count = redis.call('RPUSH', sizes, entry)
-      redis.call('ZADD', messages, written, message)
-    end
-    if count == 1 then
-      channel.first = id
-      redis.call('ZADD', key .. ':stale', text(stales(channel)), name)
-    end
-    weigh(realm, channel, #data)
-    -- An eighth more than the window, so that old messages go many at once, and their keys are not put off to expire
-    -- with every one, but whenever another eighth begins. (Ids that are ahead of the clock do not tell.)
-    local eighth = math.max(1, math.floor(channel.window / 8))
-    if count == 1 or id > now or math.floor(channel.tail / eighth) < math.floor(id / eighth) then
-      local kept = text(math.ceil((channel.window + eighth) / 1000) + 1000)
-      redis.call('PEXPIRE', messages, kept)
-      redis.call('PEXPIRE', sizes, kept)
-    end
-    prevs[at] = text(channel.tail)
-    channel.tail = id
-    if count > channel.max_messages or channel.first < now - channel.window - eighth then
-      trim(key, realm, name, channel, now - channel.window, count)
-    end
-    channel.expires = now + channel.ttl
-    saved[#saved + 1] = 'c:' .. name
-    saved[#saved + 1] = show_facts(channel)
+    facts[at], prevs[at] = append(key, realm, name, found[at], facts[at], now, id, message, #data)
+    saved[#saved + 1] = found[at].field
+    saved[#saved + 1] = show_facts(facts[at])
   end
   saved[4] = text(realm.bytes)
   redis.call('HSET', key, unpack(saved))
+  for at = 1, #names do
+    keep_facts(saved[2 * at + 4], facts[at])
+  end
+  keep_realm(realm.written, realm)
   if memo and realm.idempotency > 0 then
     redis.call('SET', key .. ':k:' .. once, written .. ' ' .. memo, 'PX', text(math.ceil(realm.idempotency / 1000)))
   end
   for at, name in ipairs(names) do
-    redis.call('SPUBLISH', pubsub(key, realm, 'a', name), prevs[at] .. ' ' .. message)
+    redis.call('SPUBLISH', announcements(key, realm, name, found[at]), prevs[at] .. ' ' .. message)
   end
-  return {id, 0, origin(realm)}
+  return id, 0, realm
 end
 
 local function from(args, at)
@@ -574,7 +664,7 @@ end
 
 -- DATA CHANNEL [CHANNEL ...] -> id
 local function publish(key, args)
-  return put(key, 0, '', args[1] or '', from(args, 2))[1]
+  return (put(key, 0, '', args[1] or '', from(args, 2)))
 end
 
 -- KEY DATA CHANNEL [CHANNEL ...] -> id; the same KEY within the idempotency window stores nothing and gets the same id
@@ -582,12 +672,13 @@ local function publish_once(key, args)
   if (args[1] or '') == '' or #args[1] > 1020 then
     refuse('INVALID', 'an idempotency key is 1 to 255 characters')
   end
-  return put(key, 0, args[1], args[2] or '', from(args, 3))[1]
+  return (put(key, 0, args[1], args[2] or '', from(args, 3)))
 end
 
 -- SEEN KEY-OR-EMPTY DATA CHANNEL [CHANNEL ...] -> {id, whether it is a duplicate, origin}
 local function store(key, args)
-  return put(key, args[1], args[2], args[3], from(args, 4))
+  local id, duplicate, realm = put(key, args[1], args[2], args[3], from(args, 4))
+  return {id, duplicate, origin(realm)}
 end
 
 -- Channels
@@ -865,7 +956,7 @@ end
 
 -- What only takes memory away, or must work when none is left, may run when the server is out of it.
 local function register(name, callback, flags)
-  redis.register_function({function_name = 'pushup_' .. name, callback = guarded(callback), flags = flags})
+  register_function({function_name = 'pushup_' .. name, callback = guarded(callback), flags = flags})
 end
 
 register('publish', publish, {})
@@ -882,4 +973,4 @@ register('attach', attach, {'allow-oom'})
 register('witness', witness, {'allow-oom'})
 register('leave', leave, {'allow-oom'})
 register('nodes', nodes, {'allow-oom'})
-redis.register_function({function_name = 'pushup_version', callback = version, flags = {'no-writes'}})
+register_function({function_name = 'pushup_version', callback = version, flags = {'no-writes'}})

@@ -748,6 +748,35 @@ def test_lost_messages_are_below_the_floor(realm: Realm, loss: str) -> None:
     assert realm.bytes() == 2
 
 
+def test_channels_with_the_same_facts_stay_apart(realm: Realm) -> None:
+    """Two that were begun by one publication differ in nothing but their names, and each goes on by itself."""
+    both = realm.publish("a", "b")
+    assert realm.facts("a") == realm.facts("b")
+    a = [realm.publish("a", data="11") for _ in range(2)]
+    b = realm.publish("b")
+
+    assert ids(realm.read("a")) == [both, *a]
+    assert ids(realm.read("b")) == [both, b]
+    assert (realm.facts("a")["tail"], realm.facts("b")["tail"]) == (str(a[-1]), str(b))
+    assert (realm.facts("a")["bytes"], realm.facts("b")["bytes"]) == ("5", "2")
+
+
+def test_a_refused_publication_leaves_nothing_behind(realm: Realm) -> None:
+    """Also where the same channel was published to just before, and what is refused made room first."""
+    realm.attach(realm_bytes=10)
+    realm.create("a", window=60)
+    first = realm.publish("a", data="12345")
+    before = realm.record(), realm.facts("a")
+    refusals = [realm.refusal("publish", data, "a") for data in ("1234567", "no JSON")]
+    after = realm.record(), realm.facts("a")
+    last = realm.publish("a", data="12345")
+
+    assert [refusal.split(" ")[0] for refusal in refusals] == ["REALMFULL", "INVALID"]
+    assert before == after
+    assert ids(realm.read("a")) == [first, last]
+    assert realm.bytes() == 10
+
+
 def test_a_lost_channel_is_described_as_it_is(realm: Realm) -> None:
     """Without messages, there is no first and no last."""
     realm.publish("a")
