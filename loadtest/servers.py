@@ -354,7 +354,7 @@ class PushUpRedis(PushUp):
 
     @classmethod
     def versions(cls) -> Mapping[str, str]:
-        return {**super().versions(), "redis": _redis_version()}
+        return {**super().versions(), "redis": redis_version()}
 
 
 class Floor(OneProcess):
@@ -435,7 +435,7 @@ class NchanRedis(Nchan):
 
     @classmethod
     def versions(cls) -> Mapping[str, str]:
-        return {**super().versions(), "redis": _redis_version()}
+        return {**super().versions(), "redis": redis_version()}
 
 
 def get(address: Address, target: str) -> tuple[int, str]:
@@ -496,7 +496,8 @@ def _pinned(cores: frozenset[int]) -> Iterator[None]:
         os.sched_setaffinity(0, mine)
 
 
-def _redis_version() -> str:
+def redis_version() -> str:
+    """That of the redis-server found. Raises ServerError if there is none."""
     found = re.search(r"v=(\S+)", run_quietly(program("redis-server"), "--version"))
     return found[1] if found else "unknown"
 

@@ -1,0 +1,207 @@
+"""Publications straight into Redis, without a node: what PushUp's function there costs, against two bare commands."""
+
+import socket
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from itertools import count
+from typing import Final
+
+from cluster.processes import Process
+from cluster.stores import Store, ask, start_stores
+from loadtest.crowds import QUICK_ROUNDS, ROUNDS
+from loadtest.dialects import PushUpDialect, make_payload
+from loadtest.fleet import FleetError
+from loadtest.machine import Cores
+from loadtest.results import Medians, Target, Values
+from loadtest.scenario import Bench, Case, Parameters, Samples, Scenario, comparison
+from loadtest.servers import Server, redis_version
+from pushup.errors import PushUpError
+from pushup.library import LOAD, Library
+from pushup.messages import Publication
+from pushup.publisher import Publisher
+
+READ_BYTES: Final = 1 << 20
+PATIENCE_S: Final = 30.0
+CONNECTIONS: Final = 4
+END: Final = b"the-end"
+"""Echoed after each batch, so that its replies need not be counted."""
+
+Command = Sequence[str | bytes | int]
+Batch = Sequence[tuple[str, bytes]]
+"""Channels and payloads."""
+Publish = Callable[[], None]
+"""Publish what was prepared. Raises FleetError."""
+
+
+class BareRedis(Server):
+    """Redis alone, configured as under the nodes. A publication is a ZADD and a PUBLISH."""
+
+    name = "ZADD and PUBLISH"
+
+    def __init__(self, cores: Cores, descriptors: int) -> None:
+        super().__init__(cores, descriptors)
+        self.dialect = PushUpDialect(0)
+        self._ids = count(1)
+
+    @classmethod
+    def versions(cls) -> dict[str, str]:
+        return {"redis": redis_version()}
+
+    def parked(self) -> int:
+        return 0
+
+    def commands(self, channel: str, payload: bytes) -> Sequence[Command]:
+        """What publishes one message."""
+        id = next(self._ids)
+        message = b'[%d,["%b"],"%b"]' % (id, channel.encode(), payload)
+        return ("ZADD", f"z:{channel}", id, message), ("PUBLISH", f"p:{channel}", message)
+
+    def _make_node(self, name: str, port: int) -> Process:
+        return Store(self._directory, name, f"127.0.0.1:{port}")
+
+    def _start_node(self, node: Process) -> None:
+        assert isinstance(node, Store)
+        start_stores("standalone", [node], (), ())
+
+
+class RedisFunction(BareRedis):
+    """Redis with PushUp's function library. A publication is one call of it."""
+
+    name = "PushUp's function"
+    library: Final = Library("default")
+
+    def commands(self, channel: str, payload: bytes) -> Sequence[Command]:
+        return [self.library.store(0, Publication((channel,), b'"%b"' % payload, None))]
+
+    def _start_node(self, node: Process) -> None:
+        super()._start_node(node)
+        ask(node.address, *map(str, LOAD))
+
+
+def encode(command: Command) -> bytes:
+    """A command as Redis reads it."""
+    words = [word if isinstance(word, bytes) else str(word).encode() for word in command]
+    return b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in words)
+
+
+def measure(prepare: Callable[[Server, Sequence[Batch]], Publish], bench: Bench) -> tuple[Values, Samples]:
+    """`messages` a sweep to `channels`, `batch` to a write: publications/s and Redis' processor time."""
+    server, parameters = bench.server, bench.parameters
+    messages, channels, batch = parameters["messages"], parameters["channels"], parameters["batch"]
+    names = [f"quiet{index % channels}" for index in range(messages)]
+    rates: list[float] = []
+    cpu_us: list[float] = []
+    client = 0.0
+    for sweep in range(parameters["sweeps"] + 1):
+        items = [(name, make_payload(name, sweep, parameters["message_bytes"])) for name in names]
+        batches = [items[first : first + batch] for first in range(0, messages, batch)]
+        publish = prepare(server, batches)
+        before, client_before, begin = server.settle(), time.process_time(), time.perf_counter()
+        publish()
+        wall, client_cpu = time.perf_counter() - begin, time.process_time() - client_before
+        bench.step()
+        if sweep:  # The first one warms up.
+            rates.append(messages / wall)
+            cpu_us.append((server.settle() - before).cpu / messages / 1e3)
+            client += client_cpu / wall / parameters["sweeps"]
+    values: Values = {
+        "publications_per_s": sum(rates) / len(rates),
+        "cpu_publication_us": sum(cpu_us) / len(cpu_us),
+        "client_busy": client,
+        "server_busy": sum(rates) / len(rates) * sum(cpu_us) / len(cpu_us) / 1e6,
+    }
+    return values, {"publications_per_s": rates, "cpu_publication_us": cpu_us}
+
+
+def by_pipeline(server: Server, batches: Sequence[Batch]) -> Publish:
+    """Each batch is one write; the connections take turns, each with a batch outstanding, so Redis always has work."""
+    assert isinstance(server, BareRedis)
+    written = [
+        b"".join(encode(command) for item in batch for command in server.commands(*item)) + encode(("ECHO", END))
+        for batch in batches
+    ]
+
+    def publish() -> None:
+        with ExitStack() as stack:
+            connections = [
+                stack.enter_context(socket.create_connection(server.address, PATIENCE_S)) for _ in range(CONNECTIONS)
+            ]
+            for number, data in enumerate(written):
+                connection = connections[number % CONNECTIONS]
+                if number >= CONNECTIONS:
+                    _read_end(connection)
+                connection.sendall(data)
+            for connection in connections[: len(written)]:
+                _read_end(connection)
+
+    return publish
+
+
+def _read_end(connection: socket.socket) -> None:
+    """Read to the end of a batch's replies."""
+    data = b""
+    while not data.endswith(END + b"\r\n"):
+        fresh = connection.recv(READ_BYTES)
+        if not fresh:
+            raise FleetError("Redis closed the connection")
+        data += fresh
+    if data.startswith(b"-") or b"\n-" in data:
+        raise FleetError(f"Redis answered with an error: {data[:300]!r}")
+
+
+def by_publisher(server: Server, batches: Sequence[Batch]) -> Publish:
+    """`pushup.Publisher.publish_many`, which waits for each batch's receipts."""
+    host, port = server.address
+    written = [[{"channels": channel, "data": payload.decode()} for channel, payload in batch] for batch in batches]
+
+    def publish() -> None:
+        with Publisher(f"redis://{host}:{port}") as publisher:
+            for items in written:
+                for receipt in publisher.publish_many(items):
+                    if isinstance(receipt, PushUpError):
+                        raise FleetError(f"a publication was refused: {receipt}")
+
+    return publish
+
+
+_PIPELINED: Final = f"pipelined over {CONNECTIONS} connections"
+
+
+def _ratio(metric: str) -> Callable[[Medians], float | None]:
+    def value(medians: Medians) -> float | None:
+        ours, bare = (medians.of(_PIPELINED, metric, server.name) for server in (RedisFunction, BareRedis))
+        return None if ours is None or not bare else ours / bare
+
+    return value
+
+
+def scenarios(*, quick: bool) -> tuple[Scenario, ...]:
+    """The one of this module."""
+    parameters: Parameters = {
+        "messages": 5000 if quick else 40_000,
+        "channels": 200,
+        "message_bytes": 100,
+        "batch": 100,
+        "sweeps": 2,
+    }
+    return (
+        comparison(
+            "publish-direct",
+            "Publications straight into Redis: how many, and what do they cost it, against a bare ZADD and PUBLISH?",
+            (
+                Case(_PIPELINED, parameters, partial(measure, by_pipeline), (RedisFunction, BareRedis)),
+                Case("Publisher.publish_many", parameters, partial(measure, by_publisher), (RedisFunction,)),
+            ),
+            (
+                Target(
+                    "publications/s ≥ 0.5 × those of a ZADD and a PUBLISH",
+                    _ratio("publications_per_s"),
+                    0.5,
+                    at_most=False,
+                ),
+            ),
+            rounds=QUICK_ROUNDS if quick else ROUNDS,
+        ),
+    )
