@@ -9,6 +9,7 @@ from loadtest.charts import Chart
 from loadtest.pictures import draw
 from loadtest.results import (
     CLIENT_BOUND_BUSY,
+    CLIENT_BOUND_LAG,
     DISTURBED,
     METRICS,
     RESULTS,
@@ -30,7 +31,7 @@ INTRODUCTION: Final = f"""\
 Made by `python -m loadtest report` from the raw files named below; no number comes from elsewhere. Each is the median
 of the file's rounds, with the least and the greatest in brackets; a ratio is PushUp's median divided by the other's.
 
-How it was measured:
+How it was measured, where a section does not say otherwise:
 
 - One server at a time, a fresh process for each measurement; the servers take turns within each round. Clients,
   publishers and server talk over the loopback address of one machine. Every answer is checked to its last byte.
@@ -42,8 +43,9 @@ How it was measured:
 - Deliveries/s is the number of polls divided by the time from sending the publication to receiving the last answer.
 - The client spins while answers are due, where it has a core of its own: to wake a sleeping client would cost the
   server time that it does not spend on clients elsewhere. Its core's busy share leaves the spinning out.
-- *Client-bound*: the client used {CLIENT_BOUND_BUSY:.0%} or more of a core while the server did not. *Disturbed*: other
-  processes kept server and client from their cores for more than {DISTURBED:.0%} of the time.
+- *Client-bound*: the client used {CLIENT_BOUND_BUSY:.0%} or more of a core while the server did not, or was itself late
+  (p99) by more than {CLIENT_BOUND_LAG:.0%} of the latency (p99) it measured. *Disturbed*: other processes kept server and
+  client from their cores for more than {DISTURBED:.0%} of the time.
 """
 
 
@@ -96,6 +98,11 @@ def render(sections: Sequence[Section]) -> str:
     if judged:
         parts.append("## Targets\n")
         parts.append(show_targets([(f"{result.scenario}: ", target) for result, target in judged]))
+    parts.append("## Contents\n")
+    parts.append(
+        "\n".join(f"- [{one.result.scenario}](#{one.result.scenario}): {one.result.question}" for one in sections)
+    )
+    parts.append("")
     parts.extend(_section(section) for section in sections)
     return "\n".join(parts)
 

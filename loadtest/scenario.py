@@ -38,6 +38,7 @@ class Scenario:
     `measure` yields each measurement when it is made; one that failed says why. `parameters` belong to its cases, by
     name. `rounds` and `seconds`: as many of the first as `--rounds` does not say otherwise, and how long it all takes,
     about. `show`: tables (Markdown) and charts for the report; `by_case`: whether it has a table of each case, too.
+    `may_fail`: servers whose failure is a finding.
     `pinned`: whether server and client get a core each where there are two.
     """
 
@@ -51,6 +52,7 @@ class Scenario:
     targets: tuple[Target, ...] = ()
     show: Callable[[Result], Sequence[str | Chart]] | None = None
     by_case: bool = True
+    may_fail: frozenset[str] = frozenset()
     pinned: bool = True
 
 
