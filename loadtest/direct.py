@@ -192,7 +192,7 @@ def scenarios(*, quick: bool) -> tuple[Scenario, ...]:
             "Publications straight into Redis: how many, and what do they cost it, against a bare ZADD and PUBLISH?",
             (
                 Case(_PIPELINED, parameters, partial(measure, by_pipeline), (RedisFunction, BareRedis)),
-                Case("Publisher.publish_many", parameters, partial(measure, by_publisher), (RedisFunction,)),
+                Case("by publish_many of Publisher", parameters, partial(measure, by_publisher), (RedisFunction,)),
             ),
             (
                 Target(
