@@ -44,8 +44,8 @@ How it was measured, where a section does not say otherwise:
 - The client spins while answers are due, where it has a core of its own: to wake a sleeping client would cost the
   server time that it does not spend on clients elsewhere. Its core's busy share leaves the spinning out.
 - *Client-bound*: the client used {CLIENT_BOUND_BUSY:.0%} or more of a core while the server did not, or was itself late
-  (p99) by more than {CLIENT_BOUND_LAG:.0%} of the latency (p99) it measured. *Disturbed*: other processes kept server and
-  client from their cores for more than {DISTURBED:.0%} of the time.
+  (p99) by more than {CLIENT_BOUND_LAG:.0%} of the latency (p99) it measured. *Disturbed*: other processes kept server
+  and client from their cores for more than {DISTURBED:.0%} of the time.
 """
 
 

