@@ -16,7 +16,7 @@ help:
 	@echo "make docs    the documentation site, in site/ (make docs-serve: at http://127.0.0.1:8000, anew with every change)"
 	@echo "make chaos   every fault against a real cluster, write tests/chaos/REPORT.md"
 	@echo "make fuzz    odd bytes to the lane until Ctrl-C (TARGET=parsers, ARGS='-max_total_time=60'); see tests/fuzz"
-	@echo "make bench   measure against Nchan, write loadtest/REPORT.md"
+	@echo "make bench   measure everything, against Nchan and Pushpin too (two hours), write loadtest/REPORT.md"
 	@echo "make attack  measure good clients while 12,000 others attack, write loadtest/ATTACK.md"
 	@echo "make build   the wheel, in dist/"
 
@@ -58,7 +58,7 @@ fuzz: $(VENV)/.dev
 		tests/fuzz/findings/$(TARGET) tests/fuzz/corpus/$(TARGET)
 
 bench: $(VENV)/.dev
-	tests/install-debian.sh nginx libnginx-mod-nchan
+	tests/install-debian.sh haproxy libnginx-mod-nchan nginx pushpin redis-server redis-tools
 	$(BIN)/python -m loadtest run --all
 	$(BIN)/python -m loadtest report
 
