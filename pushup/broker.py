@@ -7,7 +7,7 @@ increasing over all channels of the realm (`id = max(now, last + 1)`), and never
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from pushup.errors import PushUpError
@@ -17,6 +17,10 @@ from pushup.messages import ChannelInfo, ChannelOptions, History, Message, NodeI
 def now_us() -> int:
     """Microseconds since the Unix epoch."""
     return time.time_ns() // 1000
+
+
+Tell = Callable[[Sequence[Receipt | PushUpError]], None]
+"""Whom to tell the results of publications, one for each."""
 
 
 class Listener(Protocol):
@@ -80,6 +84,9 @@ class Broker(Protocol):
         A publication whose `key` was seen within the idempotency window stores nothing and gets the first one's id, or
         KeyReused if it differs from the first. ChannelNotFound if a channel must exist and does not.
         """
+
+    def submit(self, publications: Sequence[Publication], tell: Tell) -> None:
+        """The same as `publish` for who does not await: `tell` is called once, at once or later."""
 
     async def create(self, name: str | None, options: ChannelOptions) -> ChannelInfo:
         """Make a channel; without a name, one with an integer id never used before. Raises ChannelExists."""

@@ -1,8 +1,9 @@
 """The head of an HTTP/1 request, read just far enough to decide which way it goes.
 
-A request that is plain HTTP and a poll stays on the express lane. Another one whose length is certain is lent to the
-web side and the connection comes back. Everything else (malformed, chunked, WebSocket, strange versions) is the web
-side's for good, which answers or refuses it by its own parser: two parsers never have to agree on where a body ends.
+A request that is plain HTTP and a poll or a publication stays on the express lane. Another one whose length is certain
+is lent to the web side and the connection comes back. Everything else (malformed, chunked, WebSocket, strange versions)
+is the web side's for good, which answers or refuses it by its own parser: two parsers never have to agree on where a
+body ends.
 """
 
 import re
@@ -30,22 +31,25 @@ _SINGLETONS: Final = frozenset(
 )
 # Any of these needs more than the lane does.
 _UNUSUAL: Final = frozenset((b"transfer-encoding", b"sec-websocket-key1"))
-_UNUSUAL_FOR_POLL: Final = frozenset((b"content-encoding", b"expect"))
+_UNUSUAL_FOR_LANE: Final = frozenset((b"content-encoding", b"expect"))
 
-
-_POLL: Final = re.compile(rb"(?:/realms/([A-Za-z0-9][A-Za-z0-9._-]{0,63}))?/poll(?:\?(.*))?", re.DOTALL)
+_TARGET: Final = re.compile(
+    rb"(?:/realms/([A-Za-z0-9][A-Za-z0-9._-]{0,63}))?(?:(/poll)(?:\?(.*))?|/publish)", re.DOTALL
+)
 
 
 class Way(Enum):
     """Where a request goes."""
 
     POLL = "poll"
+    PUBLISH = "publish"
     LEND = "lend"
     HAND_OVER = "hand over"
 
 
 class Head:
-    """A parsed head. `length` is the body's, in bytes; of a poll, `query` is raw and `realm` what its path names."""
+    """A parsed head. `length` is the body's, in bytes; `realm` is what the path of a poll or a publication
+    names, `query` a poll's, raw."""
 
     __slots__ = (
         "_parser",
@@ -138,17 +142,16 @@ def parse_head(data: bytes) -> Head:
     head.length = int(headers.get(b"content-length", 0))
     head.way = Way.LEND
     target = head.target
-    poll = _POLL.fullmatch(target)
-    if poll is not None and b"#" not in target and target.isascii():
-        wants_body = head.method == b"POST"
-        if (
-            (wants_body or head.method in (b"GET", b"HEAD"))
-            and (wants_body or not head.length)
-            and _UNUSUAL_FOR_POLL.isdisjoint(headers)
-        ):
-            realm, query = poll.groups(b"")
-            head.realm, head.query = realm.decode(), query.decode()
-            head.way = Way.POLL
+    found = _TARGET.fullmatch(target)
+    if found is None or b"#" in target or not target.isascii() or not _UNUSUAL_FOR_LANE.isdisjoint(headers):
+        return head
+    realm, poll, query = found.groups(b"")
+    if head.method == b"POST":
+        head.way = Way.POLL if poll else Way.PUBLISH
+    elif poll and head.method in (b"GET", b"HEAD") and not head.length:
+        head.way = Way.POLL
+    if head.way is not Way.LEND:
+        head.realm, head.query = realm.decode(), query.decode()
     return head
 
 

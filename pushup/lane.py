@@ -11,21 +11,31 @@ A parked poll costs this object, its subscription and the transport: no task, no
 import asyncio
 import logging
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from email.utils import formatdate
+from functools import partial
 from math import inf
 from socket import SO_LINGER, SOL_SOCKET
 from time import time
-from typing import Final, Protocol, cast
+from typing import Final, NamedTuple, Protocol, cast
 
 from pushup.asked import Asked, Memory
-from pushup.errors import PROBLEM_TYPE, HeadTooLarge, InvalidRequest, OriginNotAllowed, PushUpError, TokenExpired
+from pushup.errors import (
+    PROBLEM_TYPE,
+    HeadTooLarge,
+    InvalidRequest,
+    OriginNotAllowed,
+    PushUpError,
+    RequestTimeout,
+    TokenExpired,
+)
 from pushup.head import Head, Way, is_malformed, parse_head
 from pushup.hub import Subscription
-from pushup.messages import Answer
+from pushup.messages import Answer, Receipt
 from pushup.node import Node
 from pushup.origins import NOT_ALLOWED
 from pushup.peers import Peer, parse_proxy_header
+from pushup.publishing import Order, read_order
 from pushup.realm import Realm
 from pushup.sender import NOBODY, Sender
 from pushup.service import Seat, Service
@@ -34,8 +44,8 @@ from pushup.wire import find_token, parse_poll_body, parse_poll_query
 
 log = logging.getLogger("pushup.lane")
 
-POLL_BODY_BYTES_MAX: Final = 64 * 1024
-"""A longer body of a poll is read by the web side."""
+BODY_BYTES_MAX: Final = 64 * 1024
+"""A longer body is read by the web side."""
 
 AHEAD_BYTES_MAX: Final = 64 * 1024
 """How much a client may send ahead of an answer before its connection is no longer read."""
@@ -45,11 +55,17 @@ SHORT_HEAD_BYTES: Final = 256
 
 WARNING_PAUSE_S: Final = 60.0
 
+PUBLISHERS_MAX: Final = 4096
+PUBLISHER_BYTES_MAX: Final = 2048
+"""So many heads of publications are remembered, and none that is longer."""
+
 CUT_AT_ONCE: Final = 50
 """Connections that are cut in one turn of the event loop."""
 
 LONG_ANSWER_BYTES: Final = 64 * 1024
 """A longer answer is written as its parts, which all who get the same messages share."""
+
+BODY_TOO_LATE: Final = "the request's body did not come in time"
 
 # What a connection is doing.
 READING: Final = 0
@@ -60,6 +76,8 @@ GREETING: Final = 4
 """A proxy has to say first whose connection it is."""
 REFUSED: Final = 5
 """It is one of too many; the client is told so when it asks for something."""
+PUBLISHING: Final = 6
+"""The broker has what it publishes."""
 
 # How an answer is written; a bit each.
 KEEP_ALIVE: Final = 1
@@ -68,6 +86,15 @@ NO_BODY: Final = 4
 
 
 _NO_LINGER: Final = struct.pack("ii", 1, 0)
+
+
+class Publisher(NamedTuple):
+    """What a head that publishes says, beside what `head` does: how to answer, and whom; and its idempotency keys."""
+
+    head: Head
+    how: int
+    sender: Sender
+    keys: Sequence[str]
 
 
 class WebConnection(Protocol):
@@ -108,10 +135,12 @@ class Lanes:
         self.settings = service.settings
         self.metrics = service.metrics
         self.loop = asyncio.get_running_loop()
-        self.poll_body_bytes_max = min(POLL_BODY_BYTES_MAX, service.settings.body_bytes_max)
+        self.body_bytes_max = min(BODY_BYTES_MAX, service.settings.body_bytes_max)
         self.borrow = borrow
         """Makes a web connection, which tells the lane when an answer is out; or (True) one for good."""
         self.memory = Memory()
+        self.publishers: dict[bytes, Publisher] = {}
+        """By the head's bytes: a back end sends the same with all its publications of a length."""
         self.open: set[Lane] = set()
         self.handed_over: dict[Lane, WebConnection] = {}
         self._late: list[tuple[Lane | WebConnection, str]] = []
@@ -152,6 +181,8 @@ class Lanes:
         self.metrics.connections_cut[why] += 1
         if why == "idle":
             connection.close()
+        elif why == "slow" and isinstance(connection, Lane):
+            connection.give_up()
         else:
             connection.abort()
 
@@ -191,6 +222,16 @@ class Lanes:
         for lane in [lane for lane in self.open if lane.idle]:
             lane.close()
 
+    def meet(self, head: Head, data: bytes) -> Publisher:
+        """Who sends this head, to be remembered by its bytes unless it has a key, which comes once."""
+        keys = [value.decode(errors="surrogateescape") for name, value in head.headers if name == b"idempotency-key"]
+        publisher = Publisher(head, answer_form(head), self.service.sender(head.headers), keys)
+        if not keys and len(data) <= PUBLISHER_BYTES_MAX:
+            if len(self.publishers) >= PUBLISHERS_MAX:
+                self.publishers.clear()
+            self.publishers[data] = publisher
+        return publisher
+
     def render(self, status: bytes, content_type: bytes, body: bytes, how: int, extra: bytes = b"") -> bytes:
         """A whole response."""
         return self.render_head(status, content_type, len(body), how, extra) + (b"" if how & NO_BODY else body)
@@ -212,6 +253,11 @@ class Lanes:
             self.date,
             connection,
         )
+
+
+def answer_form(head: Head) -> int:
+    """How the answer to this head is written."""
+    return head.keep_alive * KEEP_ALIVE | head.http10 * HTTP10 | (head.method == b"HEAD") * NO_BODY
 
 
 def abort(transport: asyncio.Transport) -> None:
@@ -369,7 +415,7 @@ class Lane(asyncio.Protocol):
             return "unread" if self._since < unread_since else ""
         if state == READING and not self._buffer:
             return "idle" if self._since < idle_since else ""
-        if state == PARKED or (state == LENT and not self._transport.is_closing()):
+        if state in (PARKED, PUBLISHING) or (state == LENT and not self._transport.is_closing()):
             return ""
         return "slow" if self._since < slow_since else ""
 
@@ -378,6 +424,16 @@ class Lane(asyncio.Protocol):
         self._state = CLOSED
         self._since = self._lanes.loop.time()
         self._transport.close()
+
+    def give_up(self) -> None:
+        """Close on a client that does not send the rest of its request, and say so if the head has come."""
+        head = parse_head(self._buffer[: self._buffer.find(b"\r\n\r\n") + 4])
+        if self._state != READING or not head.complete:
+            self.abort()
+            return
+        self._how = answer_form(head) & ~KEEP_ALIVE
+        self._sender = self._lanes.service.sender(head.headers)
+        self._write_error(RequestTimeout(BODY_TOO_LATE))
 
     def abort(self) -> None:
         """Close now."""
@@ -452,18 +508,22 @@ class Lane(asyncio.Protocol):
                     return
                 break
             end = blank + 4
-            head = parse_head(data[:end])
+            publisher = self._lanes.publishers.get(data[:end])
+            head = parse_head(data[:end]) if publisher is None else publisher.head
             if head.way is Way.HAND_OVER:
                 self._hand_over(data)
                 return
-            if head.way is Way.LEND or head.length > self._lanes.poll_body_bytes_max:
+            if head.way is Way.LEND or head.length > self._lanes.body_bytes_max:
                 self._lend(data, end + head.length)
                 return
             total = end + head.length
             if len(data) < total:
                 break
             request, data = data[:total], data[total:]
-            self._poll(head, request, end)
+            if head.way is Way.POLL:
+                self._poll(head, request, end)
+            else:
+                self._publish(publisher or self._lanes.meet(head, request[:end]), request, end)
         if data and len(data) < size:
             self._since = self._lanes.loop.time()  # Here the next request began.
         self._buffer = data
@@ -527,7 +587,7 @@ class Lane(asyncio.Protocol):
     def _poll(self, head: Head, request: bytes, end: int) -> None:
         lanes = self._lanes
         service = lanes.service
-        self._how = head.keep_alive * KEEP_ALIVE | head.http10 * HTTP10 | (head.method == b"HEAD") * NO_BODY
+        self._how = answer_form(head)
         sender = self._sender = service.sender(head.headers)
         try:
             if head.method == b"POST":
@@ -602,6 +662,40 @@ class Lane(asyncio.Protocol):
             self._web.release()
             self._web = None
 
+    def _publish(self, publisher: Publisher, request: bytes, end: int) -> None:
+        lanes = self._lanes
+        self._how = publisher.how
+        sender = self._sender = publisher.sender
+        try:
+            if sender.foreign:
+                raise OriginNotAllowed(NOT_ALLOWED)
+            realm = lanes.service.find(publisher.head.realm, sender, None)
+            grant = realm.recognise(sender, None, time())
+            order = read_order(realm, grant, request[end:], publisher.keys)
+        except KeysNeeded:
+            self._lend(request, len(request))
+            return
+        except PushUpError as error:
+            lanes.metrics.requests_lane += 1
+            self._write_error(error)
+            return
+        lanes.metrics.requests_lane += 1
+        self._state = PUBLISHING
+        realm.node.submit(order.publications, partial(self._published, order))
+
+    def _published(self, order: Order, results: Sequence[Receipt | PushUpError]) -> None:
+        if self._state != PUBLISHING:
+            return  # The client is gone.
+        try:
+            body = order.show(results)
+        except PushUpError as error:
+            self._write_error(error)
+        else:
+            status = b"201 Created" if order.items is None else b"200 OK"
+            self._write(status, b"application/json", body, self._sender.cors_lines)
+        if self._buffer:
+            self._read_on()
+
     def _rise(self) -> bool:
         """The poll waits no longer. Whether its token has expired meanwhile."""
         seat, self._seat = self._seat, None
@@ -634,15 +728,19 @@ class Lane(asyncio.Protocol):
             self.close()
 
     def _write_error(self, error: PushUpError) -> None:
-        how = self._how & ~KEEP_ALIVE if self._lanes.service.closing else self._how
         self._lanes.metrics.count_refused(error)
         extra = b"".join([b"%b: %b\r\n" % (name.encode(), value.encode()) for name, value in error.headers.items()])
         extra += self._sender.cors_lines
         status = f"{error.status} {error.title}".encode()
-        response = self._lanes.render(status, PROBLEM_TYPE.encode(), error.body(), how, extra)
+        self._write(status, PROBLEM_TYPE.encode(), error.body(), extra)
+
+    def _write(self, status: bytes, content_type: bytes, body: bytes, extra: bytes) -> None:
+        """Answer what was asked for last, and nobody else."""
+        lanes = self._lanes
+        how = self._how & ~KEEP_ALIVE if lanes.service.closing else self._how
         self._state = READING
-        self._since = self._lanes.loop.time()
-        self._transport.write(response)
+        self._since = lanes.loop.time()
+        self._transport.write(lanes.render(status, content_type, body, how, extra))
         if not how & KEEP_ALIVE:
             self.close()
 

@@ -16,7 +16,7 @@ from typing import Final
 from sortedcontainers import SortedDict
 
 from pushup.backlog import Backlog
-from pushup.broker import Listener, now_us
+from pushup.broker import Listener, Tell, now_us
 from pushup.errors import ChannelExists, ChannelNotFound, KeyReused, PushUpError, RealmFull
 from pushup.messages import (
     MAX_ID,
@@ -324,13 +324,16 @@ class MemoryBroker:
             self._store.unwatch(name)
 
     async def publish(self, publications: Sequence[Publication]) -> Sequence[Receipt | PushUpError]:
-        results: list[Receipt | PushUpError] = []
-        for publication in publications:
-            try:
-                results.append(self._store.publish(publication, self._clock()))
-            except PushUpError as error:
-                results.append(error)
-        return results
+        return [self._publish(publication) for publication in publications]
+
+    def submit(self, publications: Sequence[Publication], tell: Tell) -> None:
+        tell([self._publish(publication) for publication in publications])
+
+    def _publish(self, publication: Publication) -> Receipt | PushUpError:
+        try:
+            return self._store.publish(publication, self._clock())
+        except PushUpError as error:
+            return error
 
     async def create(self, name: str | None, options: ChannelOptions) -> ChannelInfo:
         return self._store.create(name, options, self._clock())

@@ -7,7 +7,7 @@ import random
 from collections.abc import Mapping, Sequence
 from itertools import islice
 
-from pushup.broker import Broker, now_us
+from pushup.broker import Broker, Tell, now_us
 from pushup.errors import ChannelNotFound, PushUpError, Unavailable
 from pushup.hub import TICKS_PER_SECOND, Hub, Owner, Read, Replies, Subscription
 from pushup.messages import SECOND, Answer, Message, NodeInfo, Poll, Publication, Receipt, show_channel
@@ -158,7 +158,13 @@ class Node:
 
     async def publish_all(self, publications: Sequence[Publication]) -> Sequence[Receipt | PushUpError]:
         """Publish in order; a result for each."""
-        results = await self.broker.publish(publications)
+        return self._count_results(await self.broker.publish(publications))
+
+    def submit(self, publications: Sequence[Publication], tell: Tell) -> None:
+        """Publish in order; `tell` is called once, at once or later, with a result for each."""
+        self.broker.submit(publications, lambda results: tell(self._count_results(results)))
+
+    def _count_results(self, results: Sequence[Receipt | PushUpError]) -> Sequence[Receipt | PushUpError]:
         for result in results:
             if isinstance(result, PushUpError):
                 self.metrics.publications_refused += 1

@@ -23,7 +23,7 @@ from typing import Any, Final
 from redis.asyncio.connection import AbstractConnection
 
 from pushup.address import Address
-from pushup.broker import Listener
+from pushup.broker import Listener, Tell
 from pushup.caller import UNKNOWN, Caller
 from pushup.errors import BrokerRefused, PushUpError, Unavailable
 from pushup.library import (
@@ -153,8 +153,8 @@ class Session:
 Heard = Callable[[Session, str | None, bytes], None]
 """What is done with a payload that a session brought for a channel, or for the node itself (None)."""
 
-Outgoing = tuple[Sequence[Publication], "asyncio.Future[list[Receipt | PushUpError]]"]
-"""Publications of this turn of the event loop, and who waits for their results."""
+Outgoing = tuple[Sequence[Publication], Tell]
+"""Publications, and whom to tell their results."""
 
 
 class RedisBroker:
@@ -456,13 +456,15 @@ class RedisBroker:
             self._session.unsubscribe([self._session.pubsub.announcements(name) for name in channels])
 
     async def publish(self, publications: Sequence[Publication]) -> Sequence[Receipt | PushUpError]:
-        loop = asyncio.get_running_loop()
-        results: asyncio.Future[list[Receipt | PushUpError]] = loop.create_future()
+        results: asyncio.Future[Sequence[Receipt | PushUpError]] = asyncio.get_running_loop().create_future()
+        self.submit(publications, lambda told: None if results.done() else results.set_result(told))
+        return await results
+
+    def submit(self, publications: Sequence[Publication], tell: Tell) -> None:
         if not self._outgoing:
             # On the next turn of the loop, so that all publications of this turn go in one write.
-            loop.call_soon(self._start_publishing)
-        self._outgoing.append((publications, results))
-        return await results
+            asyncio.get_running_loop().call_soon(self._start_publishing)
+        self._outgoing.append((publications, tell))
 
     def _start_publishing(self) -> None:
         outgoing, self._outgoing = self._outgoing, []
@@ -473,10 +475,8 @@ class RedisBroker:
     async def _publish(self, outgoing: Sequence[Outgoing]) -> None:
         publications = [publication for some, _ in outgoing for publication in some]
         replies = iter(await self._confirm(await self._caller.publish(self._seen, publications)))
-        for some, future in outgoing:
-            results = [self._receipt(reply) for reply in itertools.islice(replies, len(some))]
-            if not future.done():
-                future.set_result(results)
+        for some, tell in outgoing:
+            tell([self._receipt(reply) for reply in itertools.islice(replies, len(some))])
 
     async def _confirm(
         self, replies: Sequence[tuple[Receipt, str] | PushUpError]

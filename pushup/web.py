@@ -18,10 +18,11 @@ from aiohttp import ETag, HttpVersion10, HttpVersion11, StreamReader, web
 
 from pushup.access import Grant
 from pushup.errors import InvalidRequest, OriginNotAllowed, PushUpError, RequestTimeout, TooLarge, TooMany, Unavailable
-from pushup.lane import Lane, Lanes, abort
-from pushup.messages import Poll, Publication
+from pushup.lane import BODY_TOO_LATE, Lane, Lanes, abort
+from pushup.messages import Poll
 from pushup.origins import NOT_ALLOWED
 from pushup.problems import BODY_TOO_LARGE, problem_response, translate
+from pushup.publishing import read_order
 from pushup.realm import Realm
 from pushup.service import Seat, Service
 from pushup.streams import (
@@ -40,20 +41,16 @@ from pushup.streams import (
 )
 from pushup.wire import (
     find_token,
-    is_batch,
     parse_channel_options,
     parse_page,
     parse_poll_body,
     parse_poll_query,
-    parse_publication,
-    parse_publications,
     parse_renewal,
     parse_segment,
     parse_stream_query,
     parse_token_query,
     show_info,
     show_page,
-    show_receipt,
 )
 
 log = logging.getLogger("pushup.web")
@@ -383,21 +380,9 @@ class _Api:
     async def publish(self, request: web.Request) -> web.Response:
         realm, grant = await self._enter(request)
         body = await self._body(request)
-        header, *more = request.headers.getall("Idempotency-Key", [None])
-        if more:
-            raise InvalidRequest("the Idempotency-Key header is given more than once")
-        if not is_batch(body):
-            realm.charge(grant, 1)  # Also for what is refused: it costs time, too.
-            publication = parse_publication(body, realm.settings, header)
-            grant.check("publish", publication.channels)
-            return _json(show_receipt(await realm.node.publish(grant.mark(publication))), 201)
-        if header is not None:
-            raise InvalidRequest("an array of publications has a key in each item, not an Idempotency-Key header")
-        parsed = [_checked(grant, item) for item in parse_publications(body, realm.settings)]
-        realm.charge(grant, len(parsed))
-        good = [item for item in parsed if not isinstance(item, PushUpError)]
-        results = iter(await realm.node.publish_all(good))
-        return _json([show_receipt(item if isinstance(item, PushUpError) else next(results)) for item in parsed])
+        order = read_order(realm, grant, body, request.headers.getall("Idempotency-Key", []))
+        text = order.show(await realm.node.publish_all(order.publications))
+        return web.Response(body=text, status=order.status, content_type="application/json")
 
     async def channels(self, request: web.Request) -> web.Response:
         realm, grant = await self._enter(request)
@@ -472,17 +457,7 @@ class _Api:
             async with asyncio.timeout(self._service.settings.request_timeout):
                 return await request.read()
         except TimeoutError:
-            raise RequestTimeout("the request's body did not come in time") from None
-
-
-def _checked(grant: Grant, item: Publication | PushUpError) -> Publication | PushUpError:
-    if isinstance(item, PushUpError):
-        return item
-    try:
-        grant.check("publish", item.channels)
-    except PushUpError as error:
-        return error
-    return grant.mark(item)
+            raise RequestTimeout(BODY_TOO_LATE) from None
 
 
 def _json(value: Any, status: int = 200) -> web.Response:

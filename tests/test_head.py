@@ -16,6 +16,7 @@ def head(line: bytes, *headers: bytes, host: bytes = HOST) -> bytes:
 GET = b"GET /poll?channel=a HTTP/1.1"
 POST = b"POST /poll HTTP/1.1"
 PUBLISH = b"POST /publish HTTP/1.1"
+PUT = b"PUT /publish HTTP/1.1"
 
 
 @pytest.mark.parametrize(
@@ -49,9 +50,36 @@ def test_a_plain_poll_takes_the_lane(data: bytes) -> None:
 
 
 @pytest.mark.parametrize(
+    ("data", "realm", "length"),
+    [
+        pytest.param(head(PUBLISH, b"Content-Length: 10"), "", 10, id="the root's"),
+        pytest.param(head(b"POST /realms/a.b/publish HTTP/1.1", b"Content-Length: 10"), "a.b", 10, id="a realm's"),
+        pytest.param(head(PUBLISH), "", 0, id="nothing in it"),
+        pytest.param(head(PUBLISH, b"Idempotency-Key: k", b"Content-Length: 3"), "", 3, id="with a key"),
+        pytest.param(head(b"POST /publish HTTP/1.0", b"Content-Length: 3", host=b""), "", 3, id="HTTP/1.0"),
+        pytest.param(head(PUBLISH, b"Upgrade: h2c", b"Connection: Upgrade"), "", 0, id="the offer of HTTP/2"),
+    ],
+)
+def test_a_plain_publication_takes_the_lane(data: bytes, realm: str, length: int) -> None:
+    """POST of /publish is a publication."""
+    found = parse_head(data)
+
+    assert (found.way, found.realm, found.length, found.query) == (Way.PUBLISH, realm, length, "")
+
+
+@pytest.mark.parametrize(
     "data",
     [
-        pytest.param(head(PUBLISH, b"Content-Length: 10"), id="another path"),
+        pytest.param(head(b"POST /channels HTTP/1.1", b"Content-Length: 10"), id="another path"),
+        pytest.param(head(b"GET /publish HTTP/1.1"), id="GET of a publication"),
+        pytest.param(head(b"HEAD /publish HTTP/1.1"), id="HEAD of a publication"),
+        pytest.param(head(b"PUT /publish HTTP/1.1", b"Content-Length: 2"), id="PUT of a publication"),
+        pytest.param(head(b"POST /publish? HTTP/1.1", b"Content-Length: 2"), id="a publication with a query"),
+        pytest.param(head(b"POST /publish/ HTTP/1.1", b"Content-Length: 2"), id="/publish/"),
+        pytest.param(head(b"POST /publish#x HTTP/1.1", b"Content-Length: 2"), id="a publication with a fragment"),
+        pytest.param(head(b"POST /realms//publish HTTP/1.1"), id="a publication of a realm without a name"),
+        pytest.param(head(PUBLISH, b"Content-Length: 5", b"Expect: 100-continue"), id="Expect of a publication"),
+        pytest.param(head(PUBLISH, b"Content-Length: 5", b"Content-Encoding: gzip"), id="an encoded publication"),
         pytest.param(head(b"GET /polls HTTP/1.1"), id="/polls"),
         pytest.param(head(b"GET /poll/ HTTP/1.1"), id="/poll/"),
         pytest.param(head(b"GET /poll/x?channel=a HTTP/1.1"), id="/poll/x"),
@@ -72,10 +100,10 @@ def test_a_plain_poll_takes_the_lane(data: bytes) -> None:
         pytest.param(head(b"HEAD /poll?channel=a HTTP/1.1", b"Content-Length: 1"), id="HEAD with a body"),
         pytest.param(head(POST, b"Content-Length: 5", b"Expect: 100-continue"), id="Expect"),
         pytest.param(head(POST, b"Content-Length: 5", b"Content-Encoding: gzip"), id="Content-Encoding"),
-        pytest.param(head(PUBLISH, b"Content-Length: 2", b"Upgrade: h2c", b"Connection: Upgrade"), id="offers HTTP/2"),
+        pytest.param(head(PUT, b"Content-Length: 2", b"Upgrade: h2c", b"Connection: Upgrade"), id="offers HTTP/2"),
     ],
 )
-def test_what_is_plain_but_no_poll_is_lent(data: bytes) -> None:
+def test_what_is_plain_but_nothing_for_the_lane_is_lent(data: bytes) -> None:
     """Whatever else has a length that is certain is lent to the web side."""
     assert parse_head(data).way is Way.LEND
 

@@ -39,6 +39,7 @@ LADDER = {
     "realm": ("access", "errors", "node", "quota", "sender", "tokens"),
     "service": ("access", "metrics", "origins", "peers", "realm", "sender", "settings"),
     "asked": ("messages", "realm", "sender"),
+    "publishing": ("access", "errors", "messages", "realm", "wire"),
     "lane": (
         "asked",
         "errors",
@@ -48,6 +49,7 @@ LADDER = {
         "node",
         "origins",
         "peers",
+        "publishing",
         "realm",
         "sender",
         "service",
@@ -63,6 +65,7 @@ LADDER = {
         "messages",
         "origins",
         "problems",
+        "publishing",
         "realm",
         "service",
         "streams",

@@ -12,9 +12,10 @@ from typing import Any, cast
 import pytest
 from aiohttp import web
 
+from pushup.broker import Tell
 from pushup.errors import ChannelNotFound, PushUpError
 from pushup.head import is_malformed
-from pushup.lane import AHEAD_BYTES_MAX, GREETING, POLL_BODY_BYTES_MAX, SHORT_HEAD_BYTES
+from pushup.lane import AHEAD_BYTES_MAX, BODY_BYTES_MAX, GREETING, PUBLISHER_BYTES_MAX, PUBLISHERS_MAX, SHORT_HEAD_BYTES
 from pushup.messages import Publication, Receipt
 from pushup.server import Server
 from tests import pipes
@@ -35,6 +36,11 @@ def post(target: str, body: Any, *headers: str, version: str = "1.1") -> bytes:
 
 def publish(channel: str, data: Any = None) -> bytes:
     return post("/publish", {"channels": [channel], "data": data})
+
+
+def lent(channel: str, data: Any = None) -> bytes:
+    """A publication that is lent to the web side."""
+    return post("/publish", {"channels": [channel], "data": data}, "Content-Encoding: identity")
 
 
 async def say(server: Server, channel: str, data: bytes = b"1") -> int:
@@ -157,12 +163,12 @@ async def test_pipelined_polls_and_publications_take_effect_in_order() -> None:
         client = pipes.lane(server)
         poll = get("/poll?channel=a&timeout=0")
 
-        responses = await client.receive(poll + publish("a", 1) + poll + publish("a", 2) + publish("a", 3) + poll)
+        responses = await client.receive(poll + publish("a", 1) + poll + lent("a", 2) + publish("a", 3) + poll)
 
         assert [response.status for response in responses] == [200, 201, 200, 201, 201, 200]
         seen = [[message["data"] for message in responses[n].json["messages"]] for n in (0, 2, 5)]
         assert seen == [[], [1], [1, 2, 3]]
-        assert (server.metrics.requests_lane, server.metrics.requests_web) == (3, 3)
+        assert (server.metrics.requests_lane, server.metrics.requests_web) == (5, 1)
         assert server.node.metrics.publications == 3
 
 
@@ -268,7 +274,7 @@ async def test_a_poll_may_have_a_long_body() -> None:
     """A body as long as the lane takes is read by the lane, one byte more by the web side, with the same answer."""
     async with running() as server:
         client = pipes.lane(server)
-        longest = json.dumps({"channels": ["a"], "timeout": 0}).encode().ljust(POLL_BODY_BYTES_MAX)
+        longest = json.dumps({"channels": ["a"], "timeout": 0}).encode().ljust(BODY_BYTES_MAX)
 
         first = await client.receive(post("/poll", longest)[:50000], post("/poll", longest)[50000:])
         second = await client.receive(post("/poll", longest + b" "))
@@ -541,7 +547,7 @@ async def test_a_client_that_vanishes_while_it_publishes_is_forgotten(monkeypatc
 
         monkeypatch.setattr(server.node.broker, "publish", publish_slowly)
         client = pipes.lane(server)
-        client.push(publish("a"))
+        client.push(lent("a"))
         await waiting.wait()
 
         client.hang_up()
@@ -550,6 +556,110 @@ async def test_a_client_that_vanishes_while_it_publishes_is_forgotten(monkeypatc
 
         assert not server._lanes.open
         assert not web_connections(server)
+
+
+# Publications that wait for the broker
+
+
+class SlowBroker:
+    """What `Broker.submit` is while the broker takes its time."""
+
+    def __init__(self, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.told: list[Callable[[], None]] = []
+        """For each request, in order, what tells it that all is stored."""
+        monkeypatch.setattr(server.node.broker, "submit", self._submit)
+
+    def _submit(self, publications: Sequence[Publication], tell: Tell) -> None:
+        results = [Receipt(len(self.told) + 1) for _ in publications]
+        self.told.append(lambda: tell(results))
+
+
+async def test_a_publication_is_answered_when_the_broker_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the client sends meanwhile is served after it, and the client is not late."""
+    async with running(request_timeout=15) as server:
+        broker = SlowBroker(server, monkeypatch)
+        client = pipes.lane(server)
+        await client.receive(publish("a") + publish("b"), get("/poll?channel=a&timeout=0"))
+        tick(server, 100_000)
+        server._lanes.close_idle()
+        assert (client.sent, client.closing, len(broker.told)) == (b"", False, 1)
+
+        broker.told[0]()
+        await client.settle()
+        assert [response.json for response in client.responses] == [{"id": 1}]
+        broker.told[1]()
+        await client.settle()
+
+        assert [response.status for response in client.responses] == [201, 201, 200]
+        assert not web_connections(server)
+
+
+async def test_a_client_that_vanishes_while_the_broker_stores_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is gone at once, and what becomes of its publication is told to nobody."""
+    async with running() as server:
+        broker = SlowBroker(server, monkeypatch)
+        client = pipes.lane(server)
+        await client.receive(publish("a"))
+
+        client.hang_up()
+        assert not server._lanes.open
+        broker.told[0]()
+
+        assert client.sent == b""
+        assert server.node.metrics.publications == 1
+
+
+async def test_a_publisher_that_stops_the_server_is_told_to_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A publication under way when the server is going away is answered, as the last of its connection."""
+    async with running() as server:
+        broker = SlowBroker(server, monkeypatch)
+        client = pipes.lane(server)
+        await client.receive(publish("a") + publish("hidden"))
+
+        server.service.closing = True
+        broker.told[0]()
+        await client.settle()
+
+        (response,) = client.responses
+        assert (response.status, response.headers["connection"]) == (201, "close")
+        assert client.closing
+        assert len(broker.told) == 1
+
+
+async def test_a_publisher_may_be_cut_by_what_it_publishes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A delivery in the middle of a publication may cut any client that does not read, the publisher too."""
+    async with running() as server:
+        client = pipes.lane(server)
+        on_message = server.node.on_message
+
+        def cut(*event: Any) -> None:
+            on_message(*event)
+            client.lane.abort()
+
+        monkeypatch.setattr(server.node, "on_message", cut)
+        await server.node.broker.watch({"a": 0})
+
+        await client.receive(publish("a") + publish("a"))
+
+        assert client.sent == b""
+        assert server.node.metrics.publications == 1
+
+
+async def test_what_is_remembered_of_publishers_is_bounded() -> None:
+    """Heads are remembered by their bytes, so that others are not taken for them; not those that come once."""
+    async with running() as server:
+        client = pipes.lane(server)
+        for n in range(PUBLISHERS_MAX + 2):
+            client.push(post("/publish", {"channels": ["a"], "data": 1}, f"X: {n}"))
+        await client.settle()
+        known = dict(server._lanes.publishers)
+
+        await client.receive(post("/publish", {"channels": ["a"], "data": 1}, "Idempotency-Key: k"))
+        await client.receive(post("/publish", {"channels": ["a"], "data": 1}, "X: " + "y" * PUBLISHER_BYTES_MAX))
+        await client.receive(post("/nothing", {"channels": ["a"], "data": 1}))
+
+        assert len(known) == 2
+        assert server._lanes.publishers == known
 
 
 # A client that sends too much, or reads too little
@@ -580,7 +690,7 @@ async def test_a_flood_while_parked_is_not_read() -> None:
     "ahead",
     [
         get("/poll?channel=a&start=latest"),
-        publish("x"),
+        lent("x"),
         get("/channels/x"),
         publish("x") + get("/poll?channel=a&start=latest"),
         post("/nothing", b"x" * 5000) + get("/poll?channel=a&start=latest"),
@@ -628,7 +738,7 @@ async def test_a_long_poll_body_sent_ahead_is_read_to_its_end() -> None:
     async with running() as server:
         client = pipes.lane(server)
         await client.receive(get("/poll?channel=a"))
-        body = json.dumps({"channels": ["x"], "timeout": 0}).encode().ljust(POLL_BODY_BYTES_MAX)
+        body = json.dumps({"channels": ["x"], "timeout": 0}).encode().ljust(BODY_BYTES_MAX)
         data = post("/poll", body, "X: " + "y" * 4000)
         client.push(data[: AHEAD_BYTES_MAX + 1])
         client.push(data[AHEAD_BYTES_MAX + 1 :])
@@ -775,8 +885,9 @@ async def test_a_connection_that_asks_for_nothing_is_closed(before: bytes) -> No
     [
         b"G",
         get("/poll?channel=a")[:-1],
-        post("/poll", {"channels": ["a"]})[:-1],
+        post("/poll", {"channels": ["a"]})[:-22],
         get("/poll?channel=a&timeout=0") + b"GET /p",
+        publish("a") + b"POST /p",
         get("/nothing") + b"GET /p",
     ],
 )
@@ -791,6 +902,24 @@ async def test_a_request_that_does_not_come_whole_is_given_up(data: bytes) -> No
         tick(server, 16)
 
         assert client.aborted
+
+
+@pytest.mark.parametrize("request_", [publish("a"), post("/poll", {"channels": ["a"]}, "Origin: http://page")])
+async def test_whose_body_does_not_come_whole_is_told_so(request_: bytes) -> None:
+    """Once a head has come, giving up is answered, with the header fields that the answer needs."""
+    async with running(request_timeout=15, cors_origins="http://page") as server:
+        client = pipes.lane(server)
+        await client.receive(request_[:-1])
+
+        tick(server, 14)
+        assert not client.sent
+        tick(server, 16)
+
+        (response,) = client.responses
+        assert (response.status, response.json["detail"]) == (408, "the request's body did not come in time")
+        assert response.headers["connection"] == "close"
+        assert ("access-control-allow-origin" in response.headers) == (b"Origin" in request_)
+        assert client.closing
 
 
 async def test_dripping_does_not_help() -> None:
@@ -852,7 +981,7 @@ async def test_the_time_starts_anew_after_an_answer() -> None:
 async def test_a_lent_body_that_does_not_come_is_refused() -> None:
     """The web side gives a body request_timeout too, and says so."""
     async with running(request_timeout=0.05) as server, connected(server) as client:
-        client.send(publish("a")[:-1])
+        client.send(lent("a")[:-1])
 
         reply = await client.reply()
 
@@ -863,12 +992,12 @@ async def test_a_lent_request_is_not_late() -> None:
     """While the web side has a request, its time is the web side's."""
     async with running() as server:
         client = pipes.lane(server)
-        await client.receive(publish("a")[:-1])
+        await client.receive(lent("a")[:-1])
 
         tick(server, 100_000)
 
         assert not client.closing
-        (response,) = await client.receive(publish("a")[-1:])
+        (response,) = await client.receive(lent("a")[-1:])
         assert response.status == 201
 
 
@@ -879,7 +1008,8 @@ async def test_a_connection_comes_back_from_the_web_side() -> None:
     """After a publication, polls on the same connection are the lane's again."""
     async with running() as server, connected(server) as client:
         for n in range(3):
-            id = await client.publish("a", data=n)
+            client.send(lent("a", n))
+            id = (await client.reply()).json["id"]
             reply = await client.get(f"/poll?channel=a&start={id}")
             assert reply.json["messages"] == [{"id": id, "channels": ["a"], "data": n}]
 
@@ -891,13 +1021,13 @@ async def test_a_parked_poll_keeps_no_web_connection() -> None:
     """The web side's half of a connection ends when a poll parks, and begins again when it is needed."""
     async with running() as server:
         client = pipes.lane(server)
-        await client.receive(publish("a"))
+        await client.receive(lent("a"))
         assert len(web_connections(server)) == 1
 
         await client.receive(get("/poll?channel=b"))
         assert len(web_connections(server)) == 0
         await say(server, "b")
-        await client.receive(publish("c"))
+        await client.receive(lent("c"))
 
         assert [response.status for response in client.responses] == [201, 200, 201]
         assert len(web_connections(server)) == 1
@@ -908,7 +1038,8 @@ async def test_a_web_connection_without_a_lane_ends_with_its_transport() -> None
     """A client that goes takes the lent web connection with it."""
     async with running() as server:
         async with connected(server) as client:
-            await client.publish("a")
+            client.send(lent("a"))
+            await client.reply()
             assert len(web_connections(server)) == 1
 
         await until(lambda: not web_connections(server))
@@ -940,7 +1071,7 @@ async def test_handing_over_ends_a_loan() -> None:
     """A lent web connection does not stay beside the one that has the connection for good."""
     async with running() as server:
         client = pipes.lane(server)
-        await client.receive(publish("a"))
+        await client.receive(lent("a"))
 
         await client.receive(get("/poll?channel=a&start=latest", "Transfer-Encoding: chunked") + b"0\r\n\r\n")
 
@@ -1082,8 +1213,8 @@ async def test_a_pause_in_writing_reaches_the_web_side() -> None:
     """A lent answer waits for a client that does not read, and is not taken for done before."""
     async with running() as server:
         client = pipes.lane(server)
-        await client.receive(publish("a"))
-        client.push(publish("a"))
+        await client.receive(lent("a"))
+        client.push(lent("a"))
         client.protocol.pause_writing()
         await client.receive(get("/poll?channel=x&timeout=0"))
         assert server.metrics.requests_lane == 0
@@ -1141,16 +1272,16 @@ async def test_while_draining_every_answer_is_the_last(request_: bytes, status: 
 async def test_only_idle_connections_are_closed() -> None:
     """Closing what is idle leaves parked polls, lent requests and half requests alone."""
     async with running() as server:
-        idle, used, half, waiting, lent = [pipes.lane(server) for _ in range(5)]
-        await used.receive(publish("x"))
+        idle, used, half, waiting, away = [pipes.lane(server) for _ in range(5)]
+        await used.receive(lent("x"))
         await half.receive(b"GET")
         await waiting.receive(get("/poll?channel=a"))
-        await lent.receive(publish("a")[:-1])
+        await away.receive(lent("a")[:-1])
 
         server._lanes.close_idle()
 
-        assert [client.closing for client in (idle, used, half, waiting, lent)] == [True, True, False, False, False]
-        for client in (half, lent):
+        assert [client.closing for client in (idle, used, half, waiting, away)] == [True, True, False, False, False]
+        for client in (half, away):
             client.hang_up()
 
 
@@ -1162,7 +1293,7 @@ async def test_a_parked_poll_costs_no_task_and_no_request() -> None:
     async with running() as server:
         clients = [pipes.lane(server) for _ in range(100)]
         for client in clients:
-            await client.receive(publish("x") if client is clients[0] else get("/poll?channel=x&timeout=0"))
+            await client.receive(lent("x") if client is clients[0] else get("/poll?channel=x&timeout=0"))
         tasks = len(asyncio.all_tasks())
         assert server._web.server is not None
         served = server._web.server.requests_count
@@ -1178,8 +1309,8 @@ async def test_a_parked_poll_costs_no_task_and_no_request() -> None:
         assert not [thing for thing in gc.get_objects() if isinstance(thing, web.BaseRequest)]
 
 
-async def test_polls_never_touch_aiohttp(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Polls of every kind are parsed, parked and answered where there is no aiohttp at all."""
+async def test_polls_and_publications_never_touch_aiohttp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are parsed, parked and answered where there is no aiohttp at all."""
     async with running() as server:
 
         def borrow(lane: object) -> Any:
@@ -1194,12 +1325,28 @@ async def test_polls_never_touch_aiohttp(monkeypatch: pytest.MonkeyPatch) -> Non
             + get("/poll?channel=&x")
             + post("/poll", {"channels": 1})
             + get("/poll?channel=9")
+            + publish("b")
+            + post("/publish", [{"channels": ["b"], "data": 1}, {}], "Idempotency-Key: k")
+            + post("/realms/default/publish", [{"channels": ["b"], "data": 1}, {}])
+            + post("/publish", b"")
             + get("/poll?channel=a", "Upgrade: h2c", "Connection: Upgrade, HTTP2-Settings", "HTTP2-Settings: AAMAAABk")
         )
         await say(server, "a")
         await client.settle()
 
-        assert [response.status for response in client.responses] == [200, 200, 200, 400, 400, 404, 200]
+        assert [response.status for response in client.responses] == [
+            200,
+            200,
+            200,
+            400,
+            400,
+            404,
+            201,
+            400,
+            200,
+            400,
+            200,
+        ]
         assert server.metrics.requests_web == 0
 
 
