@@ -426,9 +426,9 @@ class Lane(asyncio.Protocol):
         self._transport.close()
 
     def give_up(self) -> None:
-        """Close on a client that does not send the rest of its request, and say so if the head has come."""
+        """Close on a client that does not send the rest of its request; to one that publishes say so."""
         head = parse_head(self._buffer[: self._buffer.find(b"\r\n\r\n") + 4])
-        if self._state != READING or not head.complete:
+        if self._state != READING or head.way is not Way.PUBLISH:
             self.abort()
             return
         self._how = answer_form(head) & ~KEEP_ALIVE
