@@ -20,7 +20,7 @@ ROUNDS: Final = 5
 QUICK_ROUNDS: Final = 1
 SIDE_ROUNDS: Final = 3
 """Of what no target is about."""
-PATIENCE_S: Final = 30.0
+PATIENCE_S: Final = 20.0
 """How long one publication's answers, or one sweep's, may take before the round counts as failed."""
 PARK_S: Final = 30.0
 WARM_UP_POLLS: Final = 50
@@ -76,6 +76,7 @@ def measure_crowd(bench: Bench, crowd: Crowd) -> tuple[Values, Samples]:
         connected, kernel = server.memory() - before, kernel_bytes() - kernel_before
         _park(server, fleet, count)
         parked = server.memory() - before
+        time.sleep(server.deaf_s)
         bench.step()
         ticks_before, cpu_before, beside_before = server.ticks_ns(), server.ran().cpu, server.ran_beside()
         for number in range(sweeps):
@@ -186,6 +187,8 @@ def _warm_up(bench: Bench, crowd: Crowd) -> None:
         fleet.add_pollers([channels] * polls, crowd.headers)
         for number in range(WARM_UP_PUBLICATIONS):
             _park(bench.server, fleet, polls)
+            if not number:
+                time.sleep(bench.server.deaf_s)
             item = (channels[0], make_payload(channels[0], number, size))
             fleet.publish([_request(bench.server.dialect, [item], polls)], PATIENCE_S)
     _await_count(bench.server, 0)
@@ -373,7 +376,7 @@ def scenarios(*, quick: bool) -> tuple[Scenario, ...]:
     rounds = QUICK_ROUNDS if quick else ROUNDS
     audience = {"polls": 1000 if quick else 10_000, "message_bytes": 100, "sweeps": 4 if quick else 10}
     # As many as Pushpin parks in a reasonable time, which is not for long bursts.
-    few = {"polls": 200 if quick else 1000, "message_bytes": 100, "sweeps": 2 if quick else 5}
+    few = {"polls": 200 if quick else 500, "message_bytes": 100, "sweeps": 2 if quick else 3}
     crowd = 1000 if quick else 16_000
     own = {"polls": crowd, "message_bytes": 100, "sweeps": 2 if quick else 3, "publishers": LANES}
     many = f"{crowd:,} polls, {_SINGLY}"

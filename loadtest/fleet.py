@@ -74,10 +74,11 @@ class _Poller:
 class _Publisher:
     """One publisher's connection. `sent_at` is None while nothing is outstanding."""
 
-    __slots__ = ("messages", "part", "sent_at", "socket")
+    __slots__ = ("address", "messages", "part", "sent_at", "socket")
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, address: Address) -> None:
         self.socket = connection
+        self.address = address
         self.messages = 0
         self.part = b""
         self.sent_at: int | None = None
@@ -107,6 +108,8 @@ class Fleet:
         self._epoll = select.epoll()
         self._pollers: dict[int, _Poller] = {}
         self._publishers: dict[int, _Publisher] = {}
+        self._closed: list[_Publisher] = []
+        """Publishers whose server wants a new connection for each request."""
 
     def __enter__(self) -> Self:
         return self
@@ -122,8 +125,13 @@ class Fleet:
 
     def add_publishers(self, count: int) -> None:
         """Connect so many publishers."""
-        for connection in self._connect(count, self._publish_addresses):
-            self._publishers[connection.fileno()] = _Publisher(connection)
+        addresses = self._publish_addresses
+        for number, connection in enumerate(self._connect(count, addresses)):
+            publisher = _Publisher(connection, addresses[number % len(addresses)])
+            self._publishers[connection.fileno()] = publisher
+            if self._dialect.one_shot:
+                self._close(publisher)
+                self._closed.append(publisher)
 
     def add_pollers(
         self, subscriptions: Sequence[Sequence[str]], headers: Callable[[int], bytes] = lambda index: b""
@@ -193,15 +201,21 @@ class Fleet:
             publication = next(upcoming, None)
             if publication is None:
                 publisher.sent_at = None
+                if self._dialect.one_shot:
+                    self._closed.append(publisher)
                 return
             publisher.messages = len(publication.payloads)
             publisher.sent_at = at = now()
             if publication.polls:
                 for payload in publication.payloads:
                     sent[payload] = at
+            if self._dialect.one_shot:
+                self._open(publisher)
             self._send(publisher.socket, publication.request)
 
-        for publisher in publishers.values():
+        idle = [*publishers.values(), *self._closed]
+        self._closed.clear()
+        for publisher in idle:
             send_next(publisher)
         while due:
             asked = now()
@@ -225,11 +239,11 @@ class Fleet:
                         raise FleetError(f"a publisher was answered without having asked: {data[:300]!r}")
                     self._dialect.check_published(response, publisher.messages)
                     acknowledged(at - publisher.sent_at)
+                    if self._dialect.one_shot:
+                        self._close(publisher)
                     if not sent:
                         last = at
                     due -= 1
-                    if self._dialect.one_shot:
-                        self._reconnect(publisher)
                     send_next(publisher)
                     continue
                 data = poller.socket.recv(READ_BYTES)
@@ -261,12 +275,12 @@ class Fleet:
                     poller.parked = False
         delivery.wall = last - begin
 
-    def _reconnect(self, publisher: _Publisher) -> None:
-        """A new connection in place of one that the server has closed, to the same address."""
-        address = publisher.socket.getpeername()
+    def _close(self, publisher: _Publisher) -> None:
         del self._publishers[publisher.socket.fileno()]
         publisher.socket.close()
-        (publisher.socket,) = self._connect(1, [address])
+
+    def _open(self, publisher: _Publisher) -> None:
+        (publisher.socket,) = self._connect(1, [publisher.address])
         self._publishers[publisher.socket.fileno()] = publisher
 
     @staticmethod

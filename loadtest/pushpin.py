@@ -65,6 +65,8 @@ class Pushpin(Server):
     name = "Pushpin"
     burst = 50
     """Its proxy answers 502 to what its queue to zurl, of some hundred requests, has no room for."""
+    deaf_s = 1.5
+    """What was published within a second of the first poll of a channel reached some polls and not others."""
 
     def __init__(self, cores: Cores, descriptors: int) -> None:
         super().__init__(cores, descriptors)

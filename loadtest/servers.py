@@ -128,6 +128,8 @@ class Server(ABC):
     """Whether the nodes share a Redis; else there is but one."""
     burst: ClassVar[int] = sys.maxsize
     """How many polls it can take in the same moment."""
+    deaf_s: ClassVar[float] = 0
+    """How long after the first poll of a channel has been parked it still misses publications."""
 
     dialect: Dialect
 
