@@ -202,7 +202,7 @@ def _park(server: Server, fleet: Fleet, count: int) -> Ran:
     while True:
         settled = server.settle()
         fleet.expect_silence()
-        if server.parked() == count:
+        if server.holds(count):
             return settled
         if time.monotonic() > deadline:
             raise FleetError(f"{server.parked()} of {count} polls are parked after {PARK_S:.0f} s")
@@ -210,7 +210,7 @@ def _park(server: Server, fleet: Fleet, count: int) -> Ran:
 
 def _await_count(server: Server, count: int) -> None:
     deadline = time.monotonic() + PARK_S
-    while server.parked() != count:
+    while not server.holds(count):
         if time.monotonic() > deadline:
             raise FleetError(f"{server.parked()} polls are parked after {PARK_S:.0f} s, not {count}")
         time.sleep(0.05)

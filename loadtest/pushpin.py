@@ -63,7 +63,7 @@ class Pushpin(Server):
     """Pushpin with all its processes; its origin is measured beside it."""
 
     name = "Pushpin"
-    burst = 50
+    burst = 25
     """Its proxy answers 502 to what its queue to zurl, of some hundred requests, has no room for."""
     deaf_s = 1.5
     """What was published within a second of the first poll of a channel reached some polls and not others."""
@@ -85,6 +85,10 @@ class Pushpin(Server):
 
     def parked(self) -> int:
         return find_number(self._metrics_address, "/metrics", r"^connection_connected (\d+)$")
+
+    def holds(self, polls: int) -> bool:
+        """Its count goes down late, by up to twenty seconds, so it may be of more."""
+        return self.parked() >= polls
 
     @property
     def _metrics_address(self) -> Address:

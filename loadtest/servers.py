@@ -162,6 +162,10 @@ class Server(ABC):
     def parked(self) -> int:
         """How many polls its nodes say they hold. Costs them processor time."""
 
+    def holds(self, polls: int) -> bool:
+        """Whether it says that it holds so many polls."""
+        return self.parked() == polls
+
     @abstractmethod
     def _make_node(self, name: str, port: int) -> Process:
         """A node that will serve on the port; not started. The next two ports are free, too."""
