@@ -7,6 +7,7 @@ import pytest
 from loadtest.dialects import (
     Heard,
     NchanDialect,
+    PushpinDialect,
     PushUpDialect,
     Response,
     WrongAnswer,
@@ -17,6 +18,7 @@ from loadtest.dialects import (
 
 PUSHUP = PushUpDialect(120)
 NCHAN = NchanDialect()
+PUSHPIN = PushpinDialect()
 
 
 def poll_answer(*data: str, gap: bool = False) -> Response:
@@ -119,3 +121,28 @@ def test_a_publication_counts_only_if_every_message_was_taken() -> None:
         PUSHUP.check_published(Response(503, b"", b"{}"), 1)
     with pytest.raises(WrongAnswer):
         NCHAN.check_published(Response(507, b"", b""), 1)
+
+
+def test_the_bytes_of_pushpins_polls_and_publications() -> None:
+    before, after = PUSHPIN.poll(["a", "b"], b"X: y\r\n")
+
+    assert before + after == b"GET /poll?id=a,b HTTP/1.1\r\nHost: 127.0.0.1\r\nX: y\r\n\r\n"
+    head, _, body = PUSHPIN.publish_batch([("a", b"one"), ("b", b"two")]).partition(b"\r\n\r\n")
+    assert head.startswith(b"POST /publish/ HTTP/1.1\r\n")
+    assert json.loads(body) == {
+        "items": [
+            {"channel": "a", "formats": {"http-response": {"body": "one"}}},
+            {"channel": "b", "formats": {"http-response": {"body": "two"}}},
+        ]
+    }
+    assert PUSHPIN.publish("a", b"one") == PUSHPIN.publish_batch([("a", b"one")])
+
+
+def test_pushpin_gives_no_cursor_and_says_when_it_took_what_was_published() -> None:
+    assert PUSHPIN.hear(Response(200, b"", b"one")) == Heard(b"one", b"")
+    PUSHPIN.check_published(Response(200, b"", b"Published\n"), 2)
+
+    with pytest.raises(WrongAnswer, match="a poll was answered 502: b'Error"):
+        PUSHPIN.hear(Response(502, b"", b"Error"))
+    with pytest.raises(WrongAnswer, match="1 messages were answered 200: b''"):
+        PUSHPIN.check_published(Response(200, b"", b""), 1)

@@ -225,3 +225,39 @@ def test_nobody_listening_fails() -> None:
         taken.bind(("127.0.0.1", 0))
         with Fleet([taken.getsockname()], DIALECT) as fleet, pytest.raises(FleetError, match="cannot connect"):
             fleet.add_publishers(1)
+
+
+def test_clients_and_publishers_go_to_the_nodes_in_turn() -> None:
+    with scripted() as one, scripted() as two, Fleet([one.address, two.address], DIALECT) as fleet:
+        fleet.add_pollers([("a",)] * 5)
+        fleet.park()
+
+        one.await_parked(3)
+        two.await_parked(2)
+
+
+def test_so_many_polls_are_sent_as_are_wanted() -> None:
+    with scripted() as server, Fleet([server.address], DIALECT) as fleet:
+        fleet.add_pollers([("a",)] * 5)
+
+        assert [fleet.park(2) for _ in range(4)] == [2, 2, 1, 0]
+        server.await_parked(5)
+
+
+def test_a_publisher_may_have_a_connection_for_each_request() -> None:
+    class OneShot(PushUpDialect):
+        one_shot = True
+
+    accepted = []
+
+    def close_after(parked: list[socket.socket], payload: bytes) -> None:
+        accepted.append(payload)
+        tell_all(parked, payload)
+
+    with scripted(close_after) as server, Fleet([server.address], OneShot(120), spin=True) as fleet:
+        fleet.add_publishers(2)
+        fleet.expect_silence()
+        delivery = fleet.publish([publication(number, 0) for number in range(5)], PATIENCE_S)
+
+        assert len(delivery.acknowledgements) == len(accepted) == 5
+        assert not fleet._publishers

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.results import Measurement, Medians, Result, Target, dump, newest, percentile, save
+from loadtest.results import Measurement, Medians, Result, Target, dump, newest, ours, percentile, save
 
 
 def make_result(*measurements: Measurement, quick: bool = False, started: str = "20260102T030405Z") -> Result:
@@ -109,3 +109,14 @@ def test_the_newest_result_wins_but_a_quick_one_never_over_a_full_one(tmp_path: 
 @pytest.mark.parametrize(("percent", "value"), [(0, 1), (50, 2), (75, 3), (99, 4), (100, 4)])
 def test_percentiles_are_values_that_occurred(percent: float, value: float) -> None:
     assert percentile([1, 2, 3, 4], percent) == value
+
+
+def test_what_is_over_redis_is_compared_with_pushup_over_redis() -> None:
+    measurements = [
+        Measurement(1, "a", "PushUp over Redis", {"deliveries_per_s": 10.0}),
+        Measurement(1, "a", "Nchan over Redis", {"deliveries_per_s": 4.0}),
+    ]
+
+    assert Medians(measurements).ratio("a", "deliveries_per_s", "Nchan over Redis") == 2.5
+    assert ours("Nchan over Redis") == ours("PushUp over Redis") == "PushUp over Redis"
+    assert ours("Nchan") == "PushUp"

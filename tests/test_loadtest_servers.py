@@ -11,6 +11,7 @@ from cluster.stores import ask
 from loadtest.dialects import make_payload
 from loadtest.fleet import Fleet, Publication
 from loadtest.machine import Cores
+from loadtest.pushpin import Pushpin
 from loadtest.servers import Floor, Nchan, NchanRedis, PushUp, PushUpRedis, Server, ServerError, get
 
 CORES = Cores(frozenset(os.sched_getaffinity(0)), frozenset(os.sched_getaffinity(0)))
@@ -33,25 +34,31 @@ def wait(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+def fleet_of(server: Server) -> Fleet:
+    return Fleet(server.addresses, server.dialect, publish_addresses=server.publish_addresses)
+
+
 def deliver(server: Server, fleet: Fleet, number: int) -> None:
     """Every poll of the fleet is answered with a message."""
     fleet.park()
-    wait(lambda: server.parked() == POLLS)
+    wait(lambda: server.holds(POLLS))
+    server.settle()
+    time.sleep(server.deaf_s)
     payload = make_payload("a", number, 100)
     publication = Publication(server.dialect.publish("a", payload), (payload,), POLLS)
     assert len(fleet.publish([publication], PATIENCE_S).answers) == POLLS
 
 
-@pytest.mark.parametrize("kind", [PushUp, Floor, Nchan])
+@pytest.mark.parametrize("kind", [PushUp, Floor, Nchan, Pushpin])
 def test_a_server_answers_and_is_gone_afterwards(kind: type[Server]) -> None:
-    with present(kind)(CORES, 512) as server, Fleet(server.addresses, server.dialect) as fleet:
+    with present(kind)(CORES, 512) as server, fleet_of(server) as fleet:
         fleet.add_publishers(1)
         fleet.add_pollers([("a",)] * POLLS)
         deliver(server, fleet, 1)
 
         assert len(server.addresses) == server.nodes == 1
         assert server.pids
-        assert not server.beside
+        assert server.beside.keys() == ({"origin"} if kind is Pushpin else set())
         assert server.settle().cpu > 0
         assert server.memory().own > 0
 
@@ -61,7 +68,7 @@ def test_a_server_answers_and_is_gone_afterwards(kind: type[Server]) -> None:
 @pytest.mark.parametrize("kind", [PushUpRedis, NchanRedis])
 def test_nodes_over_redis_tell_each_other_also_after_one_was_killed(kind: type[Server]) -> None:
     with present(kind)(CORES, 512) as server:
-        with Fleet(server.addresses, server.dialect) as fleet:
+        with fleet_of(server) as fleet:
             fleet.add_publishers(1)
             fleet.add_pollers([("a",)] * POLLS)
             deliver(server, fleet, 1)
@@ -73,7 +80,7 @@ def test_nodes_over_redis_tell_each_other_also_after_one_was_killed(kind: type[S
         server.restart_node(1)
         assert len(server.pids) == len(before)
 
-        with Fleet(server.addresses, server.dialect) as fleet:
+        with fleet_of(server) as fleet:
             fleet.add_publishers(1)
             fleet.add_pollers([("a",)] * POLLS)
             deliver(server, fleet, 2)
