@@ -41,5 +41,5 @@ def test_an_error_of_redis_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip(str(error))
     monkeypatch.setattr(BareRedis, "commands", lambda self, channel, payload: [("NONSENSE", channel)])
 
-    with BareRedis(CORES, 512) as server, pytest.raises(FleetError, match="answered with an error: b.-ERR unknown"):
+    with BareRedis(CORES, 512) as server, pytest.raises(FleetError, match=r"answered with an error: b.-ERR unknown"):
         by_pipeline(server, [[("a", b"x")]])()
