@@ -10,6 +10,12 @@ from pushup.sender import Sender
 _CURSOR: Final = re.compile(rb"&start=([1-9][0-9]{15}|latest)")
 """Ids have 16 digits from the year 2001 on; so has the largest."""
 
+_ONE: Final = re.compile(
+    rb"([^?]*\?channel=)([A-Za-z][A-Za-z0-9_-]{,99})&start=([1-9][0-9]{15}|latest)"
+    rb"((?:&(?:timeout|token)=[A-Za-z0-9._~-]*)* HTTP/1\.1)"
+)
+"""A poll of one channel with a plain name, as clients write it."""
+
 _MEMORY_BYTES_MAX: Final = 16 * 1024 * 1024
 _LINE_BYTES: Final = 300
 _CHANNEL_BYTES: Final = 8
@@ -33,10 +39,11 @@ Known = tuple[Asked, int, Sender]
 class Memory:
     """What was parsed of recent polls, by the bytes it was parsed from.
 
-    A client sends the same header fields with each of its polls, and the same request line but for the cursor. Both are
-    remembered, apart: what llhttp makes of the fields does not depend on the line beyond its method and version, and
-    only `GET … HTTP/1.1` without a body is remembered. Bytes that differ in anything but the cursor are parsed.
-    Forgets everything when it holds `_MEMORY_BYTES_MAX`.
+    A client sends the same header fields with each of its polls, and the same request line but for the cursor. Clients
+    with a channel of their own each differ in its name alone. Fields and lines are remembered apart: what llhttp makes
+    of the fields does not depend on the line beyond its method and version, and only `GET … HTTP/1.1` without a body
+    is remembered. Bytes that differ in anything but a cursor, or a single plain name, are parsed. Forgets everything
+    when it holds `_MEMORY_BYTES_MAX`.
     """
 
     __slots__ = ("_asked", "_fields", "_known", "_latest", "_line", "_lines", "_shapes", "_size")
@@ -50,7 +57,7 @@ class Memory:
         self._lines: dict[bytes, Asked] = {}
         """By whole request lines."""
         self._shapes: dict[bytes, Asked] = {}
-        """By request lines whose cursor was cut out; of polls without an end, which fits any cursor."""
+        """By request lines without the cursor, or without `NAME&start=CURSOR`; of polls without an end."""
         self._fields: dict[bytes, tuple[int, Sender]] = {}
         """From the end of the request line to the blank line inclusive; to how it is answered, and whom."""
         self._size = 0
@@ -83,7 +90,7 @@ class Memory:
         if not (line.startswith(b"GET ") and line.endswith(b" HTTP/1.1")):
             return
         lines, key = self._lines, line
-        shape = _cut_cursor(line)
+        shape = _cut(line)
         if shape is not None and asked.poll.end == MAX_ID:
             lines, key = self._shapes, shape[0]
         self._size += (len(key) + _LINE_BYTES + _CHANNEL_BYTES * len(asked.poll.channels)) * (key not in lines)
@@ -98,25 +105,32 @@ class Memory:
 
     def _recall_shape(self, line: bytes) -> Asked | None:
         """A poll as before, but for its cursor."""
-        shape = _cut_cursor(line)
+        shape = _cut(line)
         if shape is None:
             return None
-        key, cursor = shape
+        key, cursor, name = shape
         asked = self._shapes.get(key)
         if asked is None:
             return None
         realm, poll, token = asked
-        return Asked(realm, Poll(poll.channels, cursor, poll.end, poll.timeout), token)
+        channels = poll.channels if name is None else (name.decode(),)
+        return Asked(realm, Poll(channels, cursor, poll.end, poll.timeout), token)
 
 
-def _cut_cursor(line: bytes) -> tuple[bytes, int] | None:
-    """A request line without its cursor, and the cursor; None if there is none that can be found so.
+def _cut(line: bytes) -> tuple[bytes, int, bytes | None] | None:
+    """A request line without its cursor, the cursor, and the name of the channel if that was cut out as well.
 
-    In a line that is known to be a poll's, `&start=` can be nothing but the parameter.
+    None if there is no cursor that can be found so. In a line that is known to be a poll's, `&start=` can be nothing
+    but the parameter, and a line without it is one whose name was cut out.
     """
-    found = _CURSOR.search(line)
-    if found is None:
-        return None
-    begin, end = found.span(1)
-    cursor = LATEST if found[1] == b"latest" else int(found[1])
-    return None if cursor > MAX_ID else (line[:begin] + line[end:], cursor)
+    one = _ONE.fullmatch(line)
+    if one is not None:
+        before, name, shown, after = one.groups()
+    else:
+        found = _CURSOR.search(line)
+        if found is None:
+            return None
+        begin, end = found.span(1)
+        before, name, shown, after = line[:begin], None, found[1], line[end:]
+    cursor = LATEST if shown == b"latest" else int(shown)
+    return None if cursor > MAX_ID else (before + after, cursor, name)

@@ -5,8 +5,14 @@ The memory broker keeps channels in these, and every node keeps one for each cha
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from operator import attrgetter
+from typing import Final
 
 from pushup.messages import Message
+
+_ID: Final = attrgetter("id")
+_NONE: Final[list[Message]] = []
+"""What every empty backlog begins with, as most channels have no messages. Never changed."""
 
 
 class Backlog:
@@ -18,29 +24,30 @@ class Backlog:
     `bytes`: the size of all their data.
     """
 
-    __slots__ = ("_ids", "_messages", "bytes", "floor", "tail", "whole")
+    __slots__ = ("_messages", "bytes", "floor", "tail", "whole")
 
     def __init__(self, floor: int = 0, tail: int = 0, whole: bool = True, messages: Sequence[Message] = ()) -> None:
-        self._messages = list(messages)
-        self._ids = [message.id for message in self._messages]
-        self.bytes = _size(self._messages)
+        self._messages = list(messages) or _NONE
+        self.bytes = _size(messages)
         self.floor = floor
         self.tail = tail
         self.whole = whole
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self._messages)
 
     @property
     def first(self) -> int | None:
         """The id of the oldest message kept."""
-        return self._ids[0] if self._ids else None
+        return self._messages[0].id if self._messages else None
 
     def append(self, message: Message) -> None:
         """Add a message newer than all before it. O(1)."""
         assert message.id > self.tail
-        self._messages.append(message)
-        self._ids.append(message.id)
+        if self._messages:
+            self._messages.append(message)
+        else:
+            self._messages = [message]
         self.bytes += len(message.data)
         self.tail = message.id
 
@@ -54,9 +61,11 @@ class Backlog:
 
     def range(self, start: int, end: int) -> list[Message]:
         """The messages with start <= id <= end, in order. O(log n + the number found)."""
-        if start > self.tail or not self._ids:
+        messages = self._messages
+        if start > self.tail or not messages:
             return []
-        return self._messages[bisect_left(self._ids, start) : bisect_right(self._ids, end)]
+        first = bisect_left(messages, start, key=_ID)
+        return messages[first:] if end >= self.tail else messages[first : bisect_right(messages, end, key=_ID)]
 
     def pushed_out(self, count: int) -> int:
         """The size of the data that trimming to `count` messages would drop. O(n dropped)."""
@@ -67,17 +76,16 @@ class Backlog:
 
         The floor moves to just above the newest one dropped. O(n dropped).
         """
-        ids = self._ids
-        if not ids:
+        messages = self._messages
+        if not messages:
             return 0
-        drop = max(len(ids) - count, 0)
-        if ids[0] < before:
-            drop = max(drop, bisect_left(ids, before))
+        drop = max(len(messages) - count, 0)
+        if messages[0].id < before:
+            drop = max(drop, bisect_left(messages, before, key=_ID))
         if drop:
-            self.floor = max(self.floor, ids[drop - 1] + 1)
-            del ids[:drop]
-            self.bytes -= _size(self._messages[:drop])
-            del self._messages[:drop]
+            self.floor = max(self.floor, messages[drop - 1].id + 1)
+            self.bytes -= _size(messages[:drop])
+            del messages[:drop]
         return drop
 
 

@@ -64,6 +64,24 @@ class Subscription(msgspec.Struct, eq=False):
     """If it asked for news from now on: an id not later than now. `start` is an estimate until all are known."""
 
 
+Waiting = tuple[()] | tuple[Subscription] | dict[Subscription, None]
+"""Subscriptions in the order they came; one takes a quarter of the memory of a dict."""
+
+
+def _add(waiting: Waiting, subscription: Subscription) -> Waiting:
+    if isinstance(waiting, dict):
+        waiting[subscription] = None
+        return waiting
+    return {waiting[0]: None, subscription: None} if waiting else (subscription,)
+
+
+def _discard(waiting: Waiting, subscription: Subscription) -> Waiting:
+    if isinstance(waiting, dict):
+        waiting.pop(subscription, None)
+        return waiting or ()
+    return () if subscription in waiting else waiting
+
+
 class Channel:
     """What this node knows of one channel, and who waits for it here."""
 
@@ -87,10 +105,10 @@ class Channel:
     def __init__(self, name: str) -> None:
         self.name = name
         self.alone = (self,)
-        self.parked: dict[Subscription, None] = {}
+        self.parked: Waiting = ()
         """In the order they came. So a fan-out meets connections, and their memory, in the order they were made."""
-        self.unsure: dict[Subscription, None] = {}
-        """Those of `parked` that wait for `learn`, in the same order. (As a rule none, and an empty set is larger.)"""
+        self.unsure: Waiting = ()
+        """Those of `parked` that wait for `learn`, in the same order."""
         self.backlog = Backlog(MAX_ID, whole=False)
         self.changes = 0
         """How often the backlog has changed."""
@@ -104,7 +122,7 @@ class Channel:
         """How far cursors had been given out when the channel ceased to be known, as if nothing had been missed."""
         self.blind = (0, 0)
         """A cursor above the first and up to the second was given out here although it passes a message over."""
-        self.early: list[tuple[Message, int]] = []
+        self.early: Sequence[tuple[Message, int]] = ()
         """(message, prev) pairs that came while the channel was being read."""
         self.window = 0.0
         self.max_messages = 0
@@ -200,9 +218,13 @@ class Hub:
         known = tuple(channels) if len(channels) > 1 else channels[0].alone
         subscription = Subscription(known, start, MAX_ID, tick, owner)
         for channel in channels:
-            if not channel.parked:
-                self._idle.pop(channel, None)
-            channel.parked[subscription] = None
+            parked = channel.parked
+            if type(parked) is dict:
+                parked[subscription] = None
+            else:
+                if not parked:
+                    self._idle.pop(channel, None)
+                channel.parked = _add(parked, subscription)
         self._await_deadline(subscription)
         self.parked += 1
         return subscription
@@ -221,6 +243,8 @@ class Hub:
         if poll.end < MAX_ID:
             timeout = min(timeout, max(poll.end + 1 - self.position, 0) / 1e6)
         channels = tuple([self._channels.get(name) or self._open(name) for name in poll.channels])
+        if len(channels) == 1:
+            channels = channels[0].alone
         poll.channels = tuple([channel.name for channel in channels])  # Equal, but shared by all who remember polls.
         tick = math.ceil((now + timeout) * TICKS_PER_SECOND)
         subscription = Subscription(channels, start, poll.end, tick, owner, parks)
@@ -232,7 +256,7 @@ class Hub:
         for channel in channels:
             if not (channel.known and channel.backlog.covers(start)):
                 self._want(channel, start)
-                channel.unsure[subscription] = None
+                channel.unsure = _add(channel.unsure, subscription)
                 subscription.unknown += 1
         if not subscription.unknown:
             answer = self._answer_now(subscription)
@@ -246,7 +270,7 @@ class Hub:
         for channel in channels:
             if not channel.parked:
                 self._idle.pop(channel, None)
-            channel.parked[subscription] = None
+            channel.parked = _add(channel.parked, subscription)
         self.parked += 1
         return subscription
 
@@ -290,7 +314,7 @@ class Hub:
             for message in had.range(history.tail + 1, MAX_ID):
                 channel.backlog.append(message)
         channel.position = history.position
-        early, channel.early = channel.early, []
+        early, channel.early = channel.early, ()
         for message, prev in early:
             if message.id > channel.backlog.tail:
                 if prev != channel.backlog.tail:
@@ -302,12 +326,12 @@ class Hub:
         if channel.backlog.tail > had.tail:
             # Read ahead of its announcement, which will not be news any more when it comes.
             ready = [subscription for subscription in channel.parked if not subscription.unknown]
-        waited, channel.unsure = channel.unsure, {}
+        waited, channel.unsure = channel.unsure, ()
         for subscription in waited:
             ahead = subscription.latest and subscription.start > history.position
             if ahead and channel.name in self.wanted:
                 # It may have come after this read; the next one will tell.
-                channel.unsure[subscription] = None
+                channel.unsure = _add(channel.unsure, subscription)
             elif channel.backlog.covers(subscription.start):
                 subscription.unknown -= 1
                 if ahead:
@@ -316,7 +340,7 @@ class Hub:
                 if not subscription.unknown:
                     ready.append(subscription)
             else:
-                channel.unsure[subscription] = None
+                channel.unsure = _add(channel.unsure, subscription)
                 self._want(channel, subscription.start)
         if not channel.unsure:
             # Whoever wanted another read, while this one was under way, has what it needs.
@@ -470,20 +494,20 @@ class Hub:
                 bucket.pop(subscription, None)
             for channel in subscription.channels:
                 parked = channel.parked
-                parked.pop(subscription, None)
-                if not parked:
+                if type(parked) is dict and len(parked) > 1:
+                    parked.pop(subscription, None)
+                elif subscription in parked:
+                    channel.parked = ()
                     self._idle[channel] = now
                 if subscription.unknown:
-                    channel.unsure.pop(subscription, None)
+                    channel.unsure = _discard(channel.unsure, subscription)
         if self._held:
             self._held.difference_update(subscriptions)
         self.parked -= len(subscriptions)
 
     def _keep_early(self, channel: Channel, message: Message, prev: int) -> None:
-        channel.early.append((message, prev))
         # Dropping the oldest breaks the chain of `prev`, which `learn` sees: then the channel is read once more.
-        if len(channel.early) > self._backlog:
-            del channel.early[0]
+        channel.early = [*channel.early, (message, prev)][-self._backlog :]
 
     def _doubt(self, channel: Channel) -> None:
         channel.doubts += 1
@@ -492,7 +516,7 @@ class Hub:
         channel.known = False
         # What is here stays true: reading on from the tail is enough, unless somebody waits for older messages.
         self._want(channel, channel.backlog.tail + 1)
-        channel.early.clear()
+        channel.early = ()
         for subscription in [s for s in channel.parked if s not in channel.unsure]:
             self._silence(subscription, channel)
 
@@ -531,7 +555,7 @@ class Hub:
             self._ignore_deadline(subscription)
             self._held.discard(subscription)
         subscription.unknown += 1
-        channel.unsure[subscription] = None
+        channel.unsure = _add(channel.unsure, subscription)
 
     def _answer_now(self, subscription: Subscription) -> Answer | None:
         """What there is to say to a subscription whose channels are all known; None: nothing yet."""
@@ -614,7 +638,8 @@ class Hub:
                 shown = tuple([c.name for c in subscription.channels if c.name in published_to])
                 groups.setdefault(shown, []).append(subscription)
         if len(ready) == len(channel.parked):
-            channel.parked = {}  # All at once rather than one by one.
+            channel.parked = ()  # All at once rather than one by one.
+            self._idle[channel] = now
         self._remove(ready, now)
         return [
             (Answer(((message, message.json(shown)),), id + 1, "message"), subscriptions)

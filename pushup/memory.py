@@ -70,7 +70,8 @@ class MemoryStore:
 
     def __init__(self, retention: Retention, now: int) -> None:
         self._retention = retention
-        self._last = now
+        self._next = now + 1
+        """Above every id given so far, as `position` says. (One object, as thousands of channels keep it.)"""
         self._floor = now
         """What a channel not known here had before this id is not known either."""
         self._channels: SortedDict[str, _Channel] = SortedDict()
@@ -87,9 +88,8 @@ class MemoryStore:
 
     def position(self, now: int) -> int:
         """An id above every one given so far; none below it is given from now on. O(1)."""
-        if now > self._last + 1:
-            self._last = now - 1
-        return self._last + 1
+        self._next = max(self._next, now)
+        return self._next
 
     def watch(self, name: str, now: int) -> History | None:
         """Watch the channel and read all of it; None if it would have to be created. O(messages)."""
@@ -129,7 +129,7 @@ class MemoryStore:
         size = len(publication.data)
         if self._bytes + len(publication.channels) * size > self._retention.realm_bytes:
             self._make_room(publication, now)
-        id = self._last = max(now, self._last + 1)
+        id = self._give_id(now)
         if publication.key is not None:
             self._keys[publication.key] = (now + int(self._retention.idempotency * SECOND), publication.digest(), id)
         message = Message(id, publication.channels, publication.data)
@@ -150,8 +150,7 @@ class MemoryStore:
 
     def create(self, name: str | None, options: ChannelOptions, now: int) -> ChannelInfo:
         if name is None:
-            self._last = max(now, self._last + 1)
-            name = str(self._last)
+            name = str(self._give_id(now))
         elif name in self._channels:
             raise ChannelExists(show_channel(name))
         channel = self._add(name, options, now)
@@ -199,6 +198,11 @@ class MemoryStore:
         self._forget_keys(now)
         for name in self._trim_due(now):
             self.close(name)
+
+    def _give_id(self, now: int) -> int:
+        id = self.position(now)
+        self._next = id + 1
+        return id
 
     def _trim_due(self, now: int) -> list[str]:
         """Drop the messages that are too old; the channels whose ttl is over, at which nobody will look again."""

@@ -71,6 +71,38 @@ def test_another_cursor_needs_no_parsing() -> None:
     assert known[0][0].poll.channels is known[1][0].poll.channels
 
 
+def test_another_channel_needs_no_parsing() -> None:
+    """Clients that wait for a channel of their own each are remembered once."""
+    memory = learned(request(f"channel=a&start={CURSOR}&timeout=9"))
+
+    data = request(f"channel=user-b_7&start={CURSOR + 1}&timeout=9")
+
+    assert memory.recall(data) == (parse(data), HOW, NOBODY)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "7", "a%62", "a+b", "a?b", "a.b", "a" * 101, "b&channel=c", "b&%63hannel=c", "b&chan+nel=c"]
+)
+def test_what_is_no_plain_name_is_parsed(name: str) -> None:
+    """It may be wrong, or another than it looks like, or one of several."""
+    memory = learned(request(f"channel=a&start={CURSOR}"))
+
+    assert memory.recall(request(f"channel={name}&start={CURSOR}")) is None
+    assert memory.recall(request(f"channel=a&start={CURSOR}&channel={name}")) is None
+
+
+def test_a_name_is_one_of_several_nowhere() -> None:
+    """Whatever comes before or after the channel, or is in the path: only it changes."""
+    memory = learned(
+        request(f"channel=a&start={CURSOR}&channel=a"),
+        request(f"channel=a&start={CURSOR}&%63hannel=a"),
+        request(f"channel=a&token=t?channel=a&start={CURSOR}"),
+    )
+
+    for query in ("{0}&start={1}&channel=a", "{0}&start={1}&%63hannel=a", "a&token=t?channel={0}&start={1}"):
+        assert memory.recall(request("channel=" + query.format("b", CURSOR))) is None
+
+
 def test_the_first_poll_is_like_those_after_it() -> None:
     """A client that asks for the latest first is remembered once."""
     memory = learned(request("channel=a&start=latest"))
@@ -143,6 +175,12 @@ def test_the_size_counts_more_than_the_bytes() -> None:
 
 _PARTS = (
     "channel=a",
+    "channel=b",
+    "channel=",
+    "channel=7",
+    "channel=a%62",
+    "%63hannel=a",
+    "token=t?channel=a",
     "channel=start=",
     "channel=%26start=",
     f"channel=start={CURSOR}",

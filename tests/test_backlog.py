@@ -97,3 +97,14 @@ def test_what_the_broker_still_has_is_not_covered() -> None:
 
     assert (part.covers(4), part.covers(5)) == (False, True)
     assert whole.covers(0)
+
+
+def test_one_backlog_is_not_another() -> None:
+    """What empty ones share stays empty."""
+    first, second = Backlog(1), Backlog(1)
+    first.append(message(10))
+
+    assert (len(first), len(second), len(Backlog(1))) == (1, 0, 0)
+    assert first.trim(0, 0) == 1
+    first.append(message(20))
+    assert (len(first), len(second), len(Backlog(1))) == (1, 0, 0)
