@@ -534,7 +534,7 @@ def _publish(rounds: int, *, quick: bool) -> Scenario:
 
 
 def _publish_redis(rounds: int, *, quick: bool) -> Scenario:
-    quiet = _quiet(2000 if quick else 20_000)
+    quiet = _quiet(2000 if quick else 10_000)
     return comparison(
         "publish-redis",
         f"Publications to {quiet['channels']} channels nobody polls, at two nodes over Redis: "
