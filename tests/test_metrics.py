@@ -223,6 +223,7 @@ def test_refusals_are_counted_by_code() -> None:
 async def test_a_server_counts() -> None:
     """What a few requests do shows where it should."""
     async with running() as server, connected(server) as poller, connected(server) as publisher:
+        await poller.get("/poll?channel=news&timeout=0")  # The node knows the channel from here on.
         poller.send("GET /poll?channel=news HTTP/1.1\r\nHost: test\r\n\r\n")
         await parked(server, 1)
         await publisher.publish("news", data=1, key="k")
@@ -239,7 +240,7 @@ async def test_a_server_counts() -> None:
         assert shown['pushup_publications_total{outcome="duplicate",realm="default"}'] == 1
         assert shown['pushup_requests_refused_total{code="invalid_parameter"}'] == 1
         assert shown['pushup_requests_refused_total{code="not_found"}'] == 1
-        assert shown['pushup_requests_total{side="lane"}'] == 4
+        assert shown['pushup_requests_total{side="lane"}'] == 5
         assert shown['pushup_requests_total{side="web"}'] == 1
         assert shown["pushup_connections_opened_total"] == 2
         assert shown['pushup_delivery_lag_seconds_count{realm="default"}'] == 1
