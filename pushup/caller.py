@@ -128,14 +128,14 @@ class Caller:
         results: list[Any] = [Unavailable("Redis did not answer in time")] * len(calls)
         waiting = list(range(len(calls)))
         pause = PAUSE_S
-        while True:
+        while waiting:
             commands: Commands | None = None
             futures: list[asyncio.Future[Any]] = []
             try:
                 async with asyncio.timeout_at(end):
                     commands = await self.connect()
                     futures = [commands.call(calls[at]) for at in waiting]
-                    await asyncio.wait(futures)
+                    await asyncio.wait(futures[-1:])  # Replies come in order, and losing one loses all after it.
             except TimeoutError:
                 if commands is not None:
                     commands.end("it does not answer")  # Which fails what waits for a reply.
@@ -157,9 +157,10 @@ class Caller:
                 self._retire()
             waiting = again if futures else waiting
             if not waiting or self._stopped or loop.time() + pause >= end:
-                return results
+                break
             await asyncio.sleep(pause)
             pause = min(pause * 2, PAUSE_MAX_S)
+        return results
 
     async def _load(self, commands: Commands) -> None:
         """See to it that the server has our functions, or newer ones."""

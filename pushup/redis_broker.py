@@ -476,7 +476,11 @@ class RedisBroker:
         publications = [publication for some, _ in outgoing for publication in some]
         replies = iter(await self._confirm(await self._caller.publish(self._seen, publications)))
         for some, tell in outgoing:
-            tell([self._receipt(reply) for reply in itertools.islice(replies, len(some))])
+            results = [self._receipt(reply) for reply in itertools.islice(replies, len(some))]
+            try:
+                tell(results)
+            except Exception:  # One publisher's trouble is not the others'.
+                log.exception("could not tell what became of publications")
 
     async def _confirm(
         self, replies: Sequence[tuple[Receipt, str] | PushUpError]

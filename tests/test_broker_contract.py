@@ -1,5 +1,6 @@
 """The contract of `broker.Broker`, run against every broker there is."""
 
+import asyncio
 import re
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -305,6 +306,13 @@ async def test_a_batch_has_a_result_for_each_item(broker: Make) -> None:
         assert isinstance(bad, ChannelNotFound)
         assert isinstance(two, Receipt)
         assert one.id < two.id
+
+
+async def test_a_batch_of_nothing_has_no_results(broker: Make) -> None:
+    """An array of which every item was wrong."""
+    async with broker() as (store, _):
+        async with asyncio.timeout(PATIENCE_S):
+            assert list(await store.publish([])) == []
 
 
 async def test_a_publication_is_stored_everywhere_or_nowhere(broker: Make) -> None:

@@ -28,7 +28,7 @@ from pushup.server import Server
 from pushup.servers import dial
 from tests.redis_server import RedisServer
 from tests.support import PATIENCE_S, Client, connected, eventually, parked, running
-from tests.test_broker_contract import Recorder, caught_up
+from tests.test_broker_contract import Recorder, caught_up, redis_broker
 
 
 @pytest.fixture
@@ -155,6 +155,26 @@ async def test_clients_that_come_back_at_once_cost_one_read_a_channel(own_redis:
     read = [word for command in commands if command.startswith("FCALL pushup_read") for word in command.split()[7::2]]
     assert sorted(word.rpartition(":")[2] for word in subscribed) == names
     assert sorted(read) == names
+
+
+async def test_one_who_cannot_be_told_is_his_own_trouble(
+    redis_server: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those whose publications went in the same turn of the event loop are told theirs, and so are later ones."""
+
+    def fail(results: Sequence[object]) -> None:
+        raise LookupError("nobody to tell")
+
+    async with redis_broker(parse_servers(redis_server.url), Retention()) as (broker, _):
+        told: list[Any] = []
+        for tell in (told.extend, fail, told.extend):
+            broker.submit([Publication(("news",), b"1")], tell)
+        await eventually(lambda: len(told) == 2, "the two others are told")
+        told += await broker.publish([Publication(("news",), b"2")])
+
+    ids = [receipt.id for receipt in told]
+    assert ids == sorted(set(ids))
+    assert "nobody to tell" in caplog.text
 
 
 async def test_a_direct_publication_is_like_any_other(redis_server: RedisServer) -> None:
