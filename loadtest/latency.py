@@ -183,6 +183,7 @@ def measure(bench: Bench) -> tuple[Values, Samples]:
     """`publications_per_s` for `seconds`, open loop."""
     server, parameters = bench.server, bench.parameters
     rate, seconds = parameters["publications_per_s"], parameters["sweeps"]
+    server.keep_off_the_disk()
     with OpenLoop(server, parameters["polls"], parameters["channels"]) as clients:
         clients.park()
         deadline = time.monotonic() + PARK_S

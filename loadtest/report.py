@@ -41,6 +41,9 @@ How it was measured, where a section does not say otherwise:
 - CPU is the run time of all of the server's threads (`schedstat`, ns), read while it rests: before the publication,
   after the last answer, after all polls are parked again. A delivery's CPU includes its share of the publication.
 - Deliveries/s is the number of polls divided by the time from sending the publication to receiving the last answer.
+- Redis, where there is one, runs on the client's core if anything is pinned; its CPU is beside that of the nodes, not
+  in it. Where something is killed it writes each publication to its disk before it is acknowledged (`appendfsync
+  always`), elsewhere it writes nothing there: both for all servers.
 - The client spins while answers are due, where it has a core of its own: to wake a sleeping client would cost the
   server time that it does not spend on clients elsewhere. Its core's busy share leaves the spinning out.
 - *Client-bound*: the client used {CLIENT_BOUND_BUSY:.0%} or more of a core while the server did not, or was itself late

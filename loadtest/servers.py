@@ -19,7 +19,7 @@ from typing import ClassVar, Final, Self
 from cluster.errors import ClusterError
 from cluster.nodes import ROOT, Node, check_settings
 from cluster.processes import HOST, Process, find_programs, free_ports, stop
-from cluster.stores import Store, check_version, start_stores
+from cluster.stores import Store, ask, check_version, start_stores
 from loadtest.dialects import Dialect, NchanDialect, PushUpDialect
 from loadtest.machine import Cores, Memory, Ran, asleep, family, memory, ran, revision, ticks_ns
 from pushup import __version__
@@ -224,6 +224,11 @@ class Server(ABC):
     def redis_pids(self) -> tuple[int, ...]:
         """Redis' process, if it runs. Only `over_redis`."""
         return self.beside.get("redis", ())
+
+    def keep_off_the_disk(self) -> None:
+        """Let Redis write nothing there from now on: for what is to measure servers and not the disk's pace."""
+        if self.over_redis:
+            ask(self._helpers["redis"].address, "CONFIG", "SET", "appendonly", "no")
 
     def kill_redis(self) -> None:
         """SIGKILL. What it has acknowledged is on disk."""
