@@ -44,11 +44,12 @@ class Backlog:
     def append(self, message: Message) -> None:
         """Add a message newer than all before it. O(1)."""
         assert message.id > self.tail
-        if self._messages:
-            self._messages.append(message)
+        messages = self._messages
+        if messages:
+            messages.append(message)
         else:
             self._messages = [message]
-        self.bytes += len(message.data)
+        self.bytes += message.size
         self.tail = message.id
 
     def covers(self, start: int) -> bool:
@@ -90,4 +91,4 @@ class Backlog:
 
 
 def _size(messages: Sequence[Message]) -> int:
-    return sum(len(message.data) for message in messages)
+    return sum([message.size for message in messages])

@@ -214,7 +214,7 @@ class Hub:
             if start <= backlog.tail or start < backlog.floor or start <= channel.blind[1]:
                 return None
             channels.append(channel)
-        tick = int(deadline * TICKS_PER_SECOND) + 1
+        tick = math.ceil(deadline * TICKS_PER_SECOND)
         known = tuple(channels) if len(channels) > 1 else channels[0].alone
         subscription = Subscription(known, start, MAX_ID, tick, owner)
         for channel in channels:

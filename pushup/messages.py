@@ -94,24 +94,38 @@ def nests_too_deep(text: bytes, value: Any) -> bool:
 class Message:
     """One published payload. `data` is JSON text in UTF-8; `channels` are all it was published to."""
 
-    __slots__ = ("_json", "channels", "data", "id")
+    __slots__ = ("_begin", "_text", "channels", "id")
 
     def __init__(self, id: int, channels: tuple[str, ...], data: bytes) -> None:
         self.id = id
         self.channels = channels
-        self.data = data
-        self._json: bytes | None = None
+        self._text = data
+        """The data, or what `json` made of it: both would be twice as much, and thousands of messages are cached."""
+        self._begin = 0
+        """Where in it the data begins, up to a closing brace; 0 if it is nothing else."""
 
     def __repr__(self) -> str:
         return f"Message({self.id}, {self.channels}, {self.data!r})"
+
+    @property
+    def data(self) -> bytes:
+        """JSON text."""
+        return self._text[self._begin : -1] if self._begin else self._text
+
+    @property
+    def size(self) -> int:
+        """How many bytes of data. O(1)."""
+        return len(self._text) - self._begin - (self._begin > 0)
 
     def json(self, channels: tuple[str, ...]) -> bytes:
         """The message as an answer shows it to a poll of `channels`. Encoded once where all polls see the same."""
         if len(self.channels) > 1:
             return self._encode(tuple(name for name in channels if name in self.channels))
-        if self._json is None:
-            self._json = self._encode(self.channels)
-        return self._json
+        if not self._begin:
+            text = self._encode(self.channels)
+            self._begin = len(text) - 1 - len(self._text)
+            self._text = text
+        return self._text
 
     def _encode(self, channels: tuple[str, ...]) -> bytes:
         shown = msgspec.json.encode([show_channel(name) for name in channels])

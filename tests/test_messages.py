@@ -181,6 +181,16 @@ def test_a_message_of_several_channels(polled: tuple[str, ...], shown: bytes) ->
     assert Message(7, ("a", "b", "17"), b"1").json(polled) == b'{"id":7,"channels":%b,"data":1}' % shown
 
 
+def test_data_stays_what_it_was() -> None:
+    """Also when a message is kept as JSON; so does its size."""
+    for channels in (("a",), ('"é' * 50, "b")[:1], ("a", "b")):
+        message = Message(7, channels, b"{}")
+
+        assert (message.data, message.size) == (b"{}", 2)
+        message.json(channels)
+        assert (message.data, message.size) == (b"{}", 2)
+
+
 def test_a_message_of_one_channel_is_encoded_once() -> None:
     """However many polls are told of it, whatever else they wait for."""
     message = Message(7, ("a",), b"1")
