@@ -70,8 +70,8 @@ class MemoryStore:
 
     def __init__(self, retention: Retention, now: int) -> None:
         self._retention = retention
-        self._next = now + 1
-        """Above every id given so far, as `position` says. (One object, as thousands of channels keep it.)"""
+        self.next = now + 1
+        """Above every id given so far. (What `position` said last is one object, as thousands keep it.)"""
         self._floor = now
         """What a channel not known here had before this id is not known either."""
         self._channels: SortedDict[str, _Channel] = SortedDict()
@@ -88,8 +88,8 @@ class MemoryStore:
 
     def position(self, now: int) -> int:
         """An id above every one given so far; none below it is given from now on. O(1)."""
-        self._next = max(self._next, now)
-        return self._next
+        self.next = max(self.next, now)
+        return self.next
 
     def watch(self, name: str, now: int) -> History | None:
         """Watch the channel and read all of it; None if it would have to be created. O(messages)."""
@@ -201,7 +201,7 @@ class MemoryStore:
 
     def _give_id(self, now: int) -> int:
         id = self.position(now)
-        self._next = id + 1
+        self.next = id + 1
         return id
 
     def _trim_due(self, now: int) -> list[str]:
@@ -317,7 +317,7 @@ class MemoryBroker:
         return self._store.position(self._clock())
 
     def latest(self) -> int:
-        return self.position()
+        return self._store.next
 
     async def watch(self, wanted: Mapping[str, int]) -> Mapping[str, History | None]:
         now = self._clock()

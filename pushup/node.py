@@ -246,6 +246,7 @@ class Node:
         # A channel that is being read is read again only after that, if still need be: as a rule it serves all.
         due = [name for name in self._hub.wanted if not self._is_read(name)]
         wanted = iter([(name, self._hub.wanted.pop(name)) for name in due])
+        _shrink(self._hub.wanted)
         while reads := dict(islice(wanted, READ_AT_ONCE)):
             self._under_way.update(reads)
             task = self._loop.create_task(self._read(reads))
@@ -264,6 +265,7 @@ class Node:
             for name, read in reads.items():
                 if self._under_way.get(name) is read:
                     del self._under_way[name]
+            _shrink(self._under_way)
         if self._hub.wanted:
             self._read_soon()
         self._rearm()
@@ -321,6 +323,12 @@ class Node:
         if forgotten:
             self.broker.unwatch(forgotten)
         self._housekeeper = self._loop.call_later(HOUSEKEEPING_INTERVAL_S, self._housekeep)
+
+
+def _shrink(reads: dict[str, Read]) -> None:
+    """Free the memory of what is empty again: a dict keeps as much as it ever needed."""
+    if not reads:
+        reads.clear()
 
 
 def _reach(read: Read) -> int:
