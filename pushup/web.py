@@ -171,11 +171,11 @@ class WebConnection(web.RequestHandler):
             self._metrics.count_refused(error)
             resp = problem_response(error)
             resp.force_close()
+        if _is_last(request):
+            resp.force_close()
         if request.version not in _VERSIONS:
             # The answer's first line repeats it, from where aiohttp remembers it.
             request._version = request._cache["version"] = HttpVersion11
-        if _is_last(request):
-            resp.force_close()
         self._metrics.requests_web += 1
         resp, reset = await super().finish_response(request, resp, start_time)
         if self._lane is not None:
@@ -291,6 +291,7 @@ def _is_last(request: web.BaseRequest) -> bool:
         "Transfer-Encoding" in headers
         or request.method == "CONNECT"
         or "websocket" in headers.get("Upgrade", "").lower()
+        or request.version not in _VERSIONS
         or ("Host" not in headers and request.version == HttpVersion11)
     )
 
