@@ -70,6 +70,8 @@ class Memory:
         """What `learn` was told of such a request. O(n)."""
         if data == self._latest:
             return self._known
+        if not data.startswith(b"GET "):
+            return None
         cut = data.find(b"\r\n")
         fields = self._fields.get(data[cut:])
         if fields is None:

@@ -80,13 +80,14 @@ class Backlog:
         messages = self._messages
         if not messages:
             return 0
-        drop = max(len(messages) - count, 0)
+        drop = len(messages) - count
         if messages[0].id < before:
             drop = max(drop, bisect_left(messages, before, key=_ID))
-        if drop:
-            self.floor = max(self.floor, messages[drop - 1].id + 1)
-            self.bytes -= _size(messages[:drop])
-            del messages[:drop]
+        if drop <= 0:
+            return 0
+        self.floor = max(self.floor, messages[drop - 1].id + 1)
+        self.bytes -= _size(messages[:drop])
+        del messages[:drop]
         return drop
 
 

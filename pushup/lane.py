@@ -360,6 +360,12 @@ class Lane(asyncio.Protocol):
                     asked, self._how, self._sender = known
                     self._ask(asked, data)
                     return
+                # And for a publication, whole, with a head like one before it.
+                end = data.find(b"\r\n\r\n") + 4
+                publisher = self._lanes.publishers.get(data[:end])
+                if publisher is not None and len(data) == end + publisher.head.length:
+                    self._publish(publisher, data, end)
+                    return
             if self._buffer:
                 data = self._buffer + data
             else:

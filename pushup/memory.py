@@ -58,11 +58,9 @@ class _Channel:
         first = self.backlog.first
         return self.expires if first is None else min(self.expires, first + int(self.window * SECOND) + 1)
 
-    def trim(self, now: int) -> int:
-        """Drop what is too old or too much; how many bytes of data went."""
-        before = self.backlog.bytes
+    def trim(self, now: int) -> None:
+        """Drop what is too old or too much."""
         self.backlog.trim(self.max_messages, now - int(self.window * SECOND))
-        return before - self.backlog.bytes
 
 
 class MemoryStore:
@@ -136,12 +134,16 @@ class MemoryStore:
         announcements: list[tuple[str, int]] = []
         for name in publication.channels:
             channel = self._channels.get(name) or self._add(name, ChannelOptions(), now)
-            announcements.append((name, channel.backlog.tail))
-            channel.backlog.append(message)
-            self._bytes += size
-            self._trim(channel, now)
+            backlog = channel.backlog
+            if name in self._watched:
+                announcements.append((name, backlog.tail))
+            is_first, before = not backlog, backlog.bytes
+            backlog.append(message)
+            channel.trim(now)
+            self._bytes += backlog.bytes - before
             channel.expires = now + int(channel.ttl * SECOND)
-            self._look(name, channel)
+            if is_first or channel.expires < channel.looked_at:
+                self._look(name, channel)  # Otherwise it is due no earlier than before.
         if self.listener is not None:
             for name, prev in announcements:
                 if name in self._watched:
@@ -238,7 +240,9 @@ class MemoryStore:
             raise RealmFull(detail, max(1, seconds))
 
     def _trim(self, channel: _Channel, now: int) -> None:
-        self._bytes -= channel.trim(now)
+        before = channel.backlog.bytes
+        channel.trim(now)
+        self._bytes += channel.backlog.bytes - before
 
     def _get(self, name: str) -> _Channel:
         channel: _Channel | None = self._channels.get(name)

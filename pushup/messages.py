@@ -76,7 +76,7 @@ def show_channel(name: str) -> str | int:
 
 def nests_too_deep(text: bytes, value: Any) -> bool:
     """Whether a JSON text, and the value it was decoded to, nest more than NESTING_MAX levels. O(n)."""
-    if text.count(b"[") + text.count(b"{") <= NESTING_MAX:
+    if len(text) <= 2 * NESTING_MAX or text.count(b"[") + text.count(b"{") <= NESTING_MAX:
         return False
     containers: list[Any] = [[value]]
     for _ in range(NESTING_MAX + 1):

@@ -28,6 +28,8 @@ class Order(NamedTuple):
             (result,) = results
             if isinstance(result, PushUpError):
                 raise result
+            if not result.duplicate:
+                return b'{"id":%d}' % result.id  # What follows would say the same, and takes longer.
             return msgspec.json.encode(show_receipt(result))
         rest = iter(results)
         return msgspec.json.encode(

@@ -348,7 +348,9 @@ def parse_publication(body: bytes, settings: Settings, key: str | None = None) -
         raise InvalidParameter("channels", "a publication names at least one channel")
     if len(fields.channels) > settings.publish_channels_max:
         raise TooLarge(f"a publication names at most {settings.publish_channels_max} channels")
-    channels = tuple(dict.fromkeys(_channels(fields.channels)))
+    channels = tuple(_channels(fields.channels))
+    if len(channels) > 1:
+        channels = tuple(dict.fromkeys(channels))
     data = bytes(fields.data)
     if len(data) > settings.message_bytes_max:
         raise TooLarge(f"data is {len(data)} bytes of JSON; the limit is {settings.message_bytes_max}")

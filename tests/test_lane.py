@@ -172,6 +172,21 @@ async def test_pipelined_polls_and_publications_take_effect_in_order() -> None:
         assert server.node.metrics.publications == 3
 
 
+async def test_a_known_head_may_come_with_any_part_of_its_body() -> None:
+    """Whole, cut anywhere, with the next request behind it: it is the same publication."""
+    async with running() as server:
+        client = pipes.lane(server)
+        request = publish("a", 1)
+        for cut in range(1, len(request) + 1):
+            await client.receive(request[:cut])
+            await client.receive(request[cut:] + request)
+        await client.receive(request)
+
+        count = 2 * len(request) + 1
+        assert [response.status for response in client.responses] == [201] * count
+        assert (server.node.metrics.publications, len(server._lanes.publishers)) == (count, 1)
+
+
 async def test_a_poll_waits_for_the_one_before_it() -> None:
     """While a poll is parked, those behind it on its connection are neither served nor lost."""
     async with running() as server:

@@ -112,6 +112,19 @@ def test_a_channel_without_publications_closes_itself() -> None:
     assert recorder.heard == ["closed quiet", "closed busy", "closed renewed"]
 
 
+def test_a_channel_closes_by_the_clock_of_its_last_publication() -> None:
+    """Also if that was set back since the one before."""
+    store, recorder = made(ttl=10.0)
+    store.watch("a", BIRTH)
+    publish(store, BIRTH + 1000 * SECOND, "a")
+    publish(store, BIRTH + SECOND, "a")
+    recorder.heard.clear()
+
+    store.sweep(BIRTH + 12 * SECOND)
+
+    assert recorder.heard == ["closed a"]
+
+
 def test_a_shorter_renewal_closes_sooner() -> None:
     """Renewing with a shorter ttl brings the expiry forward."""
     store, recorder = made(ttl=100.0)
