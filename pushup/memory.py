@@ -137,13 +137,13 @@ class MemoryStore:
             backlog = channel.backlog
             if name in self._watched:
                 announcements.append((name, backlog.tail))
-            is_first, before = not backlog, backlog.bytes
+            before = backlog.bytes
             backlog.append(message)
             channel.trim(now)
             self._bytes += backlog.bytes - before
             channel.expires = now + int(channel.ttl * SECOND)
-            if is_first or channel.expires < channel.looked_at:
-                self._look(name, channel)  # Otherwise it is due no earlier than before.
+            if not before or channel.expires < channel.looked_at:
+                self._look(name, channel)  # Otherwise it had messages, and is due no earlier than before.
         if self.listener is not None:
             for name, prev in announcements:
                 if name in self._watched:

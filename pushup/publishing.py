@@ -1,7 +1,6 @@
 """Publications over HTTP, the same for both sides of a node: what a request's body orders, and what is said of it."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import msgspec
 
@@ -12,7 +11,7 @@ from pushup.realm import Realm
 from pushup.wire import is_batch, parse_publication, parse_publications, show_receipt
 
 
-class Order(NamedTuple):
+class Order(msgspec.Struct, frozen=True):
     """What is to be published, and of an array every item, in order, with those that were wrong."""
 
     publications: Sequence[Publication]
