@@ -119,7 +119,7 @@ class Caller:
         """Publish in order; for each the receipt and its origin, or the error."""
         calls = [self.library.store(seen, publication) for publication in publications]
         replies = await self.call_all(calls, repeatable=lambda at: publications[at].key is not None)
-        return [reply if isinstance(reply, PushUpError) else parse_receipt(reply) for reply in replies]
+        return [reply if isinstance(reply, PushUpError) else _receipt(reply) for reply in replies]
 
     async def call_all(self, calls: Sequence[Call], *, repeatable: Callable[[int], bool]) -> list[Any]:
         """The replies to calls that are sent in one go; for one that failed, its error. Never raises."""
@@ -180,6 +180,15 @@ class Caller:
         except Lost as error:
             raise NotExecuted(str(error)) from None
         log.info("gave Redis its functions", extra={"server": str(self.address), "version": VERSION})
+
+
+def _receipt(reply: Any) -> tuple[Receipt, str] | PushUpError:
+    """As `parse_receipt`; what cannot be read is one publication's trouble."""
+    try:
+        return parse_receipt(reply)
+    except (TypeError, ValueError, AttributeError):
+        log.error("Redis gave no receipt", extra={"reply": repr(reply)[:100]})
+        return Unavailable("Redis replied what PushUp does not understand, so this may have been done or not")
 
 
 def _outcome(future: asyncio.Future[Any], repeatable: bool) -> Any:

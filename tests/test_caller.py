@@ -402,6 +402,18 @@ async def test_each_of_many_has_its_own_fate() -> None:
         assert [words[5:7] for words in asked(server)] == [("", "1"), ("", "2"), ("k", "3")]
 
 
+@pytest.mark.parametrize("reply", ["OK", 7, None, [], [1, 2, 3]])
+async def test_a_receipt_that_cannot_be_read_is_one_publications_trouble(reply: Any) -> None:
+    """Whoever has changed the functions in Redis; the others are told theirs."""
+    answers = iter([[7, 0, "run:1"], reply, [9, 0, "run:1"]])
+    async with scripted(with_functions(lambda *words: next(answers))) as server, calling(server.url) as caller:
+        one, two, three = await caller.publish(0, [publication(b"1"), publication(b"2"), publication(b"3")])
+
+    assert [one, three] == [(Receipt(7), "run:1"), (Receipt(9), "run:1")]
+    assert isinstance(two, Unavailable)
+    assert "does not understand" in str(two)
+
+
 async def test_a_publication_without_a_key_is_stored_once_and_told(redis_server: RedisServer) -> None:
     """Its reply was lost on the way from a real Redis."""
     async with proxied(redis_server) as proxy, calling(proxy.url) as caller:
