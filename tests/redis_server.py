@@ -2,7 +2,6 @@
 
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from cluster.processes import free_ports
 from tests.support import PATIENCE_S
 
 CONFIG = ("bind 127.0.0.1", 'save ""', "appendonly yes", "appendfsync always", "enable-debug-command yes")
@@ -25,8 +25,7 @@ class RedisServer:
     def __init__(self, folder: Path, *config: str) -> None:
         if shutil.which("redis-server") is None:
             pytest.fail("redis-server is missing: install it (Debian: apt install redis-server)", pytrace=False)
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port: int = free.getsockname()[1]
+        (self.port,) = free_ports(1)
         self.url = f"redis://127.0.0.1:{self.port}"
         self._data = folder / "redis"
         self._config = folder / "redis.conf"

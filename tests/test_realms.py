@@ -201,8 +201,8 @@ async def test_a_cursor_means_nothing_elsewhere(world: World) -> None:
     """It is a number like any other: the answer is made of the realm's own messages."""
     async with running(**world.flags()) as server:
         before = [await publish(server, world.two, "a", data=number) for number in range(3)]
-        cursor = (await poll(server, world.one, "a"))["next"]
         await publish(server, world.one, "a", data="one")
+        cursor = (await poll(server, world.one, "a"))["next"]
         later = await publish(server, world.two, "a", data="later")
         answer = await poll(server, world.two, "a", start=cursor)
         assert [message["id"] for message in answer["messages"]] == [id for id in (*before, later) if id >= cursor]

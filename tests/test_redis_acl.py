@@ -13,6 +13,7 @@ from typing import Any, Final
 import pytest
 import redis
 
+from cluster.processes import free_ports
 from pushup import AsyncPublisher, Publisher
 from pushup.errors import BrokerRefused, ChannelNotFound, InvalidRequest, PushUpError, RealmFull, Unavailable
 from pushup.library import LOAD, SOURCE, Library
@@ -254,7 +255,8 @@ async def test_a_node_of_a_cluster_or_of_another_database(server: Server, tmp_pa
     assert [message.id for message in (await watch(broker, "a")).messages] == [elsewhere]
     await broker.stop()
 
-    with RedisServer(tmp_path, "cluster-enabled yes") as process, closing(Server(process)) as cluster:
+    bus = f"cluster-port {free_ports(1)[0]}"
+    with RedisServer(tmp_path, "cluster-enabled yes", bus) as process, closing(Server(process)) as cluster:
         cluster.operator.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
         for user in ("node", "publisher"):
             cluster.allow(user, "+cluster|slots")

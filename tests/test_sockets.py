@@ -733,7 +733,7 @@ async def test_an_expired_token_subscribes_and_publishes_nothing(access: AccessF
 
 async def test_a_key_that_is_taken_away_ends_the_connection(access: AccessFile) -> None:
     """With the next heartbeat."""
-    async with running(access=access.write(), heartbeat=0.1) as server:
+    async with running(access=access.write(), heartbeat=0.5) as server:
         async with joined(server, "/ws", bearer(READER)) as peer:
             await peer.subscribe("news")
             access.write(keys="")
