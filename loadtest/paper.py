@@ -103,7 +103,7 @@ class Growth:
         return FIRST_S + self.publications * self.interval_s
 
 
-TABLES: Final = Tables((10, 100, 1000), (10, 20, 30, 40, 50), 200)
+TABLES: Final = Tables((10, 100, 1000), (10, 20, 30, 40, 50), 150)
 QUICK_TABLES: Final = Tables((10, 100), (2, 4), 4)
 GROWTH: Final = Growth((500, 1000, 2000, 4000, 8000, 16_000), 6, 4)
 QUICK_GROWTH: Final = Growth((100, 400), 3, 1)
