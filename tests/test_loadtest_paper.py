@@ -54,7 +54,7 @@ def test_no_two_cells_publish_at_once_and_all_within_the_trial() -> None:
 
     assert all(second - first > 0.5 for first, second in pairwise(times))
     assert times[-1] < TABLES.span_s
-    assert [len(TABLES.due(number)) for number in range(5)] == [20, 10, 6, 5, 4]
+    assert [len(TABLES.due(number)) for number in range(5)] == [15, 7, 5, 3, 3]
 
 
 def test_the_papers_numbers_are_none_until_somebody_types_them_in() -> None:
