@@ -59,8 +59,7 @@ fuzz: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	tests/install-debian.sh haproxy libnginx-mod-nchan nginx pushpin redis-server redis-tools
-	$(BIN)/python -m loadtest run --all
-	$(BIN)/python -m loadtest report
+	$(BIN)/python -m loadtest run --all; status=$$?; $(BIN)/python -m loadtest report && exit $$status
 
 attack: $(VENV)/.dev
 	$(BIN)/python -m loadtest attack $(ARGS)

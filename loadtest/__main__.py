@@ -45,7 +45,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; its exit status: 0, 1 if something could not be measured at all, 2 if it was called wrongly."""
-    signal.signal(signal.SIGTERM, _stop)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _stop)
     parser = make_parser()
     parsed = parser.parse_args(arguments)
     if parsed.command == "list":
@@ -95,7 +96,7 @@ def _run(scenarios: Sequence[Scenario], rounds: int | None, quick: bool, pin: bo
                 share=progress.share,
                 note=partial(progress.note, scenario.name),
             )
-        except ServerError as error:
+        except (ServerError, OSError) as error:
             print(f"loadtest: {scenario.name}: {error}", file=sys.stderr)
             continue
         finally:

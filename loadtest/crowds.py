@@ -104,7 +104,7 @@ def measure_crowd(bench: Bench, crowd: Crowd) -> tuple[Values, Samples]:
         "cpu_delivery_and_park_us": delivering_us + parking_us,
         "deliveries_per_s": count / _median_wall_s(deliveries),
         **{f"{what}_cpu_delivery_us": cpu / answers / 1e3 for what, cpu in beside.items()},
-        **_pace(deliveries, answering),
+        **_pace(server, deliveries, answering),
         **_latencies([latency for delivery in deliveries for latency in delivery.answers]),
     }
     if not again:
@@ -159,7 +159,7 @@ def measure_publishing(bench: Bench) -> tuple[Values, Samples]:
         "acknowledged_p50_ms": percentile(acknowledged, 50) / 1e6,
         "acknowledged_p99_ms": percentile(acknowledged, 99) / 1e6,
         **{f"{what}_cpu_publication_us": cpu / total / 1e3 for what, cpu in beside.items()},
-        **_pace(deliveries, answering),
+        **_pace(server, deliveries, answering),
     }, {
         "cpu_s": [ran.cpu / 1e9 for ran in used],
         "wall_s": [delivery.wall / 1e9 for delivery in deliveries],
@@ -222,15 +222,17 @@ def _median_wall_s(deliveries: Sequence[Delivery]) -> float:
     return median(delivery.wall for delivery in deliveries) / 1e9
 
 
-def _pace(deliveries: Sequence[Delivery], server: Sequence[Ran]) -> Values:
+def _pace(server: Server, deliveries: Sequence[Delivery], answering: Sequence[Ran]) -> Values:
     """How busy either side was from the first sending to the last answer; the kernel tells to some 4 ms."""
     wall = sum(delivery.wall for delivery in deliveries)
     clients = [delivery.client for delivery in deliveries]
-    return {
-        "server_busy": sum(ran.cpu for ran in server) / wall,
+    values = {
+        "server_busy": sum(ran.cpu for ran in answering) / wall,
         "client_busy": max(sum(delivery.client.cpu - delivery.idle for delivery in deliveries), 0) / wall,
-        "waited": (sum(ran.waited for ran in server) + sum(ran.waited for ran in clients)) / wall,
     }
+    if not server.crowded:  # Else its processes wait for each other.
+        values["waited"] = (sum(ran.waited for ran in answering) + sum(ran.waited for ran in clients)) / wall
+    return values
 
 
 def _latencies(latencies: list[int]) -> Values:

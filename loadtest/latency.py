@@ -53,8 +53,8 @@ class _Publisher:
 class OpenLoop:
     """Pollers that poll again at once, and publishers that keep to a schedule, until the end of the `with` block.
 
-    Pollers are spread over channels and nodes; what is said and heard is in the `ledger`. `lags`: how late publications
-    were sent, as no earlier publication was waited for unless all publishers had one outstanding; ns.
+    Pollers are spread over channels and nodes; what is said and heard is in the `ledger`. `lags`: how late this process
+    looked at what was due, ns. A publication waits only while all publishers have one outstanding.
     """
 
     def __init__(self, server: Server, polls: int, channels: int) -> None:
@@ -99,6 +99,7 @@ class OpenLoop:
     def publish(self, number: int, due: int, size: int) -> None:
         """Publish the message of that number, which was due then, to the channel whose turn it is."""
         channel = self._channels[number % len(self._channels)]
+        self.lags.append(time.monotonic_ns() - due)
         self._waiting.append((number, due, self._dialect.publish(channel, make_payload(channel, number, size))))
         self._publish_next()
 
@@ -134,7 +135,6 @@ class OpenLoop:
             number, due, request = self._waiting.popleft()
             publisher = self._idle.popleft()
             now = time.monotonic_ns()
-            self.lags.append(now - due)
             self.ledger.sending(number, self._channels[number % len(self._channels)], due, now)
             publisher.message = number
             publisher.socket.send(request)
@@ -211,8 +211,11 @@ def measure(bench: Bench) -> tuple[Values, Samples]:
         redis = server.ran_beside()["redis"] - beside_before["redis"]
         verdict = clients.ledger.verdict(time.monotonic_ns())
     latencies = sorted(verdict.latencies)
-    if not latencies:
-        raise FleetError("nothing was delivered at all")
+    if verdict.unacknowledged or verdict.received < verdict.expected:
+        raise FleetError(
+            f"{verdict.unacknowledged} publications were not acknowledged, and {verdict.expected - verdict.received} "
+            f"of {verdict.expected} deliveries are missing"
+        )
     values: Values = {
         "latency_mean_ms": fmean(latencies) / 1e6,
         **{f"latency_{name}_ms": percentile(latencies, percent) / 1e6 for name, percent in _PERCENTILES.items()},

@@ -275,7 +275,7 @@ def _grow(number: int, run: Run, steps: Sequence[int], farm: Farm) -> Iterator[M
             values["kernel_per_connection_bytes"] = (kernel_bytes() - kernel) / max(masses.polls, 1)
             values["memory_left_gib"] = available_bytes() / 2**30
             if masses.polls:
-                yield _measure(number, step, masses, values)
+                yield _measure(number, masses.polls if why else step, masses, values)
             if why:
                 yield Measurement(number, _case(step), OURS, failure=f"stopped at {masses.polls:,} polls: {why}")
                 return

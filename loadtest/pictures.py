@@ -49,7 +49,9 @@ def draw(chart: Chart, directory: Path) -> Path:
                 axis.set_minor_formatter(NullFormatter())
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.12g}"))
         if "x" in chart.log:
-            axes.set_xticks(sorted({x for points in chart.lines.values() for x, _ in points})[:DOTS_MAX])
+            ticks = sorted({x for points in chart.lines.values() for x, _ in points})
+            if len(ticks) <= DOTS_MAX:
+                axes.set_xticks(ticks)
         if "y" not in chart.log:
             axes.set_ylim(bottom=0)
         if len(chart.lines) > 1:

@@ -63,6 +63,7 @@ class Pushpin(Server):
     """Pushpin with all its processes; its origin is measured beside it."""
 
     name = "Pushpin"
+    several = True
     burst = 25
     """Its proxy answers 502 to what its queue to zurl, of some hundred requests, has no room for."""
     deaf_s = 1.5

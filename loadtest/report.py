@@ -29,7 +29,8 @@ INTRODUCTION: Final = f"""\
 # PushUp and its peers, measured
 
 Made by `python -m loadtest report` from the raw files named below; no number comes from elsewhere. Each is the median
-of the file's rounds, with the least and the greatest in brackets; a ratio is PushUp's median divided by the other's.
+of the file's rounds, with the least and the greatest in brackets where there were several; a ratio is PushUp's median
+divided by the other's. No target is met where a measurement of PushUp failed.
 
 How it was measured, where a section does not say otherwise:
 
@@ -44,8 +45,12 @@ How it was measured, where a section does not say otherwise:
 - Redis, where there is one, runs on the client's core if anything is pinned; its CPU is beside that of the nodes, not
   in it. Where something is killed it writes each publication to its disk before it is acknowledged (`appendfsync
   always`), elsewhere it writes nothing there: both for all servers.
-- The client spins while answers are due, where it has a core of its own: to wake a sleeping client would cost the
-  server time that it does not spend on clients elsewhere. Its core's busy share leaves the spinning out.
+- The client spins while answers are due, where it has a core of its own (in the crowds, without Redis): to wake a
+  sleeping client would cost the server time that it does not spend on clients elsewhere. Its core's busy share leaves
+  the spinning out. Elsewhere it sleeps. Nothing is pinned where several nodes and their proxy are measured.
+- Pushpin is a proxy: each poll goes on to an origin (ours, `loadtest/grip.py`, whose CPU is beside Pushpin's, not in
+  it). It keeps no messages. It answers 502 to bursts of some hundred polls, so it is measured with 500, parked 25 at a
+  time, and its memory per poll has the fixed cost of five processes spread over 500 polls.
 - *Client-bound*: the client used {CLIENT_BOUND_BUSY:.0%} or more of a core while the server did not, or was itself late
   (p99) by more than {CLIENT_BOUND_LAG:.0%} of the latency (p99) it measured. *Disturbed*: other processes kept server
   and client from their cores for more than {DISTURBED:.0%} of the time.
@@ -184,9 +189,11 @@ def show_targets(targets: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     """A table of targets as `Target.judge` gives them, each with what its text is to begin with."""
     rows = [["target", "bound", "found", "met"]]
     for prefix, target in targets:
-        found = "–" if target["value"] is None else f"{target['value']:.2f}"
+        found = "–" if target["value"] is None else f"{target['value']:,.4g}"
         met = {True: "yes", False: "**no**", None: "not measured"}[target["met"]]
-        rows.append([prefix + target["text"], f"{'≤' if target['at_most'] else '≥'} {target['bound']:.2f}", found, met])
+        rows.append(
+            [prefix + target["text"], f"{'≤' if target['at_most'] else '≥'} {target['bound']:,.4g}", found, met]
+        )
     return markdown(rows) + "\n"
 
 

@@ -164,6 +164,11 @@ class Measurement:
         return self.values.get("waited", 0) > DISTURBED
 
 
+def is_ours(server: str) -> bool:
+    """Whether it is PushUp under any of its names."""
+    return server.startswith(OURS) or server == "ELP"
+
+
 class Medians:
     """The medians over a run's rounds, by case, metric and server. Failed measurements do not count."""
 
@@ -208,10 +213,15 @@ class Target:
     bound: float
     at_most: bool = True
 
-    def judge(self, medians: Medians) -> dict[str, Any]:
-        """The target with the value found; `met` is None if there is none."""
+    def judge(self, medians: Medians, *, failed: bool = False) -> dict[str, Any]:
+        """The target with the value found; `met` is None if there is none.
+
+        `failed`: a measurement of ours did, and is not in the medians; then nothing is met.
+        """
         value = self.value(medians)
         met = None if value is None else value <= self.bound if self.at_most else value >= self.bound
+        if failed and met:
+            met = False
         return {"text": self.text, "value": value, "bound": self.bound, "at_most": self.at_most, "met": met}
 
 

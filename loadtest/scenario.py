@@ -10,7 +10,7 @@ from typing import Final
 from loadtest.charts import Chart
 from loadtest.fleet import Fleet, FleetError
 from loadtest.machine import Cores, facts, plan_cores
-from loadtest.results import Measurement, Medians, Result, Target, Values, utc_now
+from loadtest.results import Measurement, Medians, Result, Target, Values, is_ours, utc_now
 from loadtest.servers import Nchan, PushUp, Server, ServerError
 
 Parameters = Mapping[str, int]
@@ -78,6 +78,7 @@ def run(
         note(measurement)
     share(1)
     medians = Medians(measurements)
+    failed = any(is_ours(one.server) and one.failure for one in measurements)
     return Result(
         scenario=scenario.name,
         question=scenario.question,
@@ -90,7 +91,7 @@ def run(
         pinning=str(cores),
         parameters={case: dict(parameters) for case, parameters in scenario.parameters.items()},
         measurements=measurements,
-        targets=[target.judge(medians) for target in scenario.targets],
+        targets=[target.judge(medians, failed=failed) for target in scenario.targets],
     )
 
 
@@ -171,7 +172,9 @@ def comparison(
 def _measure(number: int, case: Case, kind: type[Server], how: Run, step: Callable[[], None]) -> Measurement:
     try:
         with kind(how.cores, how.descriptors) as server:
-            values, samples = case.measure(Bench(server, case.parameters, step, how.cores.pinned))
-    except (FleetError, ServerError) as error:
+            # Redis has the client's core: a client that spins would take it from Redis.
+            spin = how.cores.pinned and not kind.over_redis
+            values, samples = case.measure(Bench(server, case.parameters, step, spin))
+    except (FleetError, ServerError, OSError) as error:
         return Measurement(number, case.name, kind.name, failure=str(error))
     return Measurement(number, case.name, kind.name, values, samples)

@@ -126,6 +126,8 @@ class Server(ABC):
     nodes: ClassVar[int] = 1
     over_redis: ClassVar[bool] = False
     """Whether the nodes share a Redis; else there is but one."""
+    several: ClassVar[bool] = False
+    """Whether one node of it is several processes that work at the same time."""
     burst: ClassVar[int] = sys.maxsize
     """How many polls it can take in the same moment."""
     deaf_s: ClassVar[float] = 0
@@ -219,6 +221,11 @@ class Server(ABC):
         """Where Redis serves. Only `over_redis`."""
         host, _, port = self._helpers["redis"].address.rpartition(":")
         return host, int(port)
+
+    @property
+    def crowded(self) -> bool:
+        """Whether busy processes of it share a core when it is pinned."""
+        return self.several or self.over_redis
 
     @property
     def redis_pids(self) -> tuple[int, ...]:

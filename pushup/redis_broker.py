@@ -444,7 +444,9 @@ class RedisBroker:
                 if history is not None:
                     self._last_heard[name] = max(self._last_heard.get(name, 0), history.tail)
             self.unwatch([name for name, history in histories.items() if history is None])
-            return histories
+            if all(history is None or session.watches(name) for name, history in histories.items()):
+                return histories
+            # Another read found no such channel, and unsubscribed what this one had taken for heard.
 
     def unwatch(self, channels: Sequence[str]) -> None:
         self._forget(channels)
@@ -474,7 +476,11 @@ class RedisBroker:
 
     async def _publish(self, outgoing: Sequence[Outgoing]) -> None:
         publications = [publication for some, _ in outgoing for publication in some]
-        replies = iter(await self._confirm(await self._caller.publish(self._seen, publications)))
+        try:
+            replies = iter(await self._confirm(await self._caller.publish(self._seen, publications)))
+        except Exception:  # Whoever is told nothing waits for ever.
+            log.exception("could not publish")
+            replies = iter([Unavailable(UNKNOWN)] * len(publications))
         for some, tell in outgoing:
             results = [self._receipt(reply) for reply in itertools.islice(replies, len(some))]
             try:

@@ -46,7 +46,7 @@ def test_targets_are_judged_in_the_open() -> None:
     missed = [{**RESULT.targets[0], "value": 1.85, "met": False}]
     text = render([Section("fanout-1.json", replace(RESULT, targets=missed))])
 
-    assert "| fanout: CPU ≤ Nchan's | ≤ 1.00 | 1.85 | **no** |" in text
+    assert "| fanout: CPU ≤ Nchan's | ≤ 1 | 1.85 | **no** |" in text
 
 
 def test_doubts_are_counted() -> None:
