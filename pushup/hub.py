@@ -104,7 +104,7 @@ class Channel:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.alone = (self,)
+        self.alone: tuple[Channel, ...] = (self,)
         self.parked: Waiting = ()
         """In the order they came. So a fan-out meets connections, and their memory, in the order they were made."""
         self.unsure: Waiting = ()
@@ -465,6 +465,7 @@ class Hub:
         del self._channels[channel.name]
         self._idle.pop(channel, None)
         self.wanted.pop(channel.name, None)
+        channel.alone = ()  # It would keep itself, with all its messages, until garbage is collected.
 
     def _want(self, channel: Channel, start: int) -> None:
         if channel.passed and not channel.known:

@@ -1,5 +1,7 @@
 """The hub, case by case. What holds for any interleaving is in test_hub_model."""
 
+import gc
+import sys
 from collections.abc import Sequence
 from itertools import count
 
@@ -762,3 +764,22 @@ def test_the_busiest_channels() -> None:
 
     assert hub.busiest(1) == [("b", 2, 0), ("a", 0, 1)]
     assert [name for name, _, _ in hub.busiest(2)] == ["b", "c", "a", "b"]
+
+
+def test_what_is_known_of_a_forgotten_channel_goes_at_once() -> None:
+    """Without the garbage collector, which a node has run rarely."""
+    hub = Hub()
+    known(hub, "closed", "idle")
+    for name in ("closed", "idle"):
+        hub.deliver(name, message(5, name), 0, 1.0)
+    hub.leave(parked(hub, "idle", start=6), 1.0)
+    kept = [hub._channels[name].backlog for name in ("closed", "idle")]
+    gc.collect()
+    gc.disable()
+    try:
+        hub.close("closed", 2.0)
+        hub.forget_idle(1000.0)
+        assert not hub._channels
+        assert [sys.getrefcount(backlog) for backlog in kept] == [3, 3]  # The list, the loop, the call.
+    finally:
+        gc.enable()
