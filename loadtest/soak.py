@@ -300,8 +300,8 @@ def show(result: Result) -> Sequence[str | Chart]:
         "Memory is the node's anonymous memory (`Pss_Anon`). Clients stay for a while and go without a word, the "
         "oldest first; as many come, to channels of which the oldest give way to new ones. Polls end after "
         f"{TIMEOUT_S} s at the latest and are sent again. Latencies count from when a publication was due. What is "
-        "gained is the slope of the memory after the time left out, for an hour at the pace of one. As many channels as "
-        "a node remembers of closed ones were closed before.",
+        "gained is the slope of the memory after the time left out, for an hour at the pace of one. As many channels "
+        "as a node remembers of closed ones were closed before.",
         markdown(rows) if names else "Nothing could be measured.",
     ]
     if lines:
