@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.results import Measurement, Medians, Result, Target, dump, newest, ours, percentile, save
+from loadtest.results import Measurement, Medians, Result, Target, dump, is_ours, newest, ours, percentile, save
 
 
 def make_result(*measurements: Measurement, quick: bool = False, started: str = "20260102T030405Z") -> Result:
@@ -120,3 +120,17 @@ def test_what_is_over_redis_is_compared_with_pushup_over_redis() -> None:
     assert Medians(measurements).ratio("a", "deliveries_per_s", "Nchan over Redis") == 2.5
     assert ours("Nchan over Redis") == ours("PushUp over Redis") == "PushUp over Redis"
     assert ours("Nchan") == "PushUp"
+
+
+def test_no_target_is_met_where_a_measurement_of_ours_failed() -> None:
+    target = Target("CPU", lambda medians: 0.5, 1.0)
+
+    assert target.judge(Medians([]))["met"] is True
+    assert target.judge(Medians([]), failed=True)["met"] is False
+    assert [is_ours(name) for name in ("PushUp", "PushUp over Redis", "ELP", "Nchan over Redis", "MLP")] == [
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
