@@ -447,6 +447,31 @@ async def test_unwatching_while_it_is_being_watched_hangs_nobody(redis_server: R
         assert again["a"] is not None
 
 
+async def test_a_read_is_not_done_before_its_channels_are_heard(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another read, from before the channel was made, may have unsubscribed it meanwhile."""
+    async with node(redis_server) as (server, client):
+        broker = server.node.broker
+        assert isinstance(broker, RedisBroker)
+        first = publish_directly(redis_server, "late", data=1)
+        call, calls = broker._caller.call, 0
+
+        async def call_and_unwatch(command: Any) -> Any:
+            nonlocal calls
+            reply = await call(command)
+            calls += 1
+            if calls == 1:
+                broker.unwatch(["late"])
+            return reply
+
+        monkeypatch.setattr(broker._caller, "call", call_and_unwatch)
+        assert ids(await poll(client, "late")) == [first]
+        send_poll(client, "late", start=first + 1)
+        second = publish_directly(redis_server, "late", data=2)
+        assert ids((await client.reply()).json) == [second]
+
+
 async def test_garbage_on_a_channel_harms_nobody(redis_server: RedisServer) -> None:
     """Whoever has Redis may announce anything; what is not ours is ignored, and the rest is heard."""
     async with deaf_broker(redis_server) as (broker, recorder, _):
