@@ -47,6 +47,7 @@ PAGES: Final = {
     "CHANGELOG.md": "changelog.md",
     "compose/README.md": "reports/compose.md",
     "loadtest/REPORT.md": "reports/speed.md",
+    "loadtest/PERFORMANCE.md": "reports/performance.md",
     "loadtest/ATTACK.md": "reports/attack.md",
     "tests/chaos/REPORT.md": "reports/chaos.md",
     "pushup/openapi.json": "reference/http.md",
