@@ -35,3 +35,9 @@ def test_one_line_needs_no_legend(tmp_path: Path) -> None:
     text = draw(replace(CHART, lines={"ELP": [(1, 2.0)]}, log=""), tmp_path).read_text()
 
     assert "legend" not in text
+
+
+def test_a_logarithmic_axis_of_less_than_a_decade_is_linear(tmp_path: Path) -> None:
+    chart = replace(CHART, lines={"a": [(1, 20.0), (2, 40.0), (4, 30.0)]}, log="y")
+
+    assert ">20<" in draw(chart, tmp_path).read_text()
