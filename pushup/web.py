@@ -290,7 +290,7 @@ def _is_last(request: web.BaseRequest) -> bool:
     return (
         "Transfer-Encoding" in headers
         or request.method == "CONNECT"
-        or "websocket" in headers.get("Upgrade", "").lower()
+        or any(name.lower() == "upgrade" and "websocket" in value.lower() for name, value in headers.items())
         or request.version not in _VERSIONS
         or ("Host" not in headers and request.version == HttpVersion11)
     )

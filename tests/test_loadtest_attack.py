@@ -520,7 +520,7 @@ def test_the_report_says_what_the_raw_file_says(tmp_path: Path) -> None:
     assert AttackResult.from_json(json.loads(raw.read_text())) == RESULT
     text = report.read_text()
     assert text == render("attack.json", RESULT)
-    assert "| good clients' p99 under attack / without, median of the pairs | ≤ 2.00 | 1.50 | yes |" in text
+    assert "| good clients' p99 under attack / without, median of the pairs | ≤ 2 | 1.5 | yes |" in text
     assert "| 1 | 1.00 → 1.00 | 2.00 → 3.00 | 1.50 |" in text
     assert "| head | 10 | 10 | 60 | 408 21, closed 9 |" in text
     assert "in the whole run: request timeout 21." in text
