@@ -21,7 +21,7 @@ from cluster.nodes import ROOT
 from loadtest.attack_report import ATTACK, CALM, AttackResult, PhaseResult
 from loadtest.attackers import Crowd, Siege, Toll
 from loadtest.audience import Audience, Phase
-from loadtest.machine import PAGE_BYTES, Cores, facts, plan_cores, ran
+from loadtest.machine import PAGE_BYTES, Cores, facts, on_cores, plan_cores, ran
 from loadtest.results import percentile, utc_now
 from loadtest.servers import PushUp, ServerError, get
 from pushup.settings import load
@@ -255,26 +255,23 @@ def run(plan: Plan, *, quick: bool, pin: bool, command: str, note: Note) -> Atta
     ]
     mine = os.sched_getaffinity(0)
     cores = plan_cores(mine) if pin else Cores(frozenset(mine), frozenset(mine))
-    os.sched_setaffinity(0, cores.client)
-    try:
-        with (
-            Node(cores, descriptors, settings) as node,
-            Audience(
-                node.address,
-                pollers=plan.pollers,
-                channels=plan.channels,
-                per_second=plan.per_second,
-                message_bytes=plan.message_bytes,
-                publishers=plan.publishers,
-                sources=good_sources,
-                per_source=per_source,
-            ) as audience,
-            Besiegers(Siege(node.address, sources, per_source, [*slow, *unread]), cores.client) as besiegers,
-        ):
-            phases = _Run(plan, node, audience, besiegers, note).measure()
-            audience.finish(FINISH_S)
-    finally:
-        os.sched_setaffinity(0, mine)
+    with (
+        on_cores(cores.client),
+        Node(cores, descriptors, settings) as node,
+        Audience(
+            node.address,
+            pollers=plan.pollers,
+            channels=plan.channels,
+            per_second=plan.per_second,
+            message_bytes=plan.message_bytes,
+            publishers=plan.publishers,
+            sources=good_sources,
+            per_source=per_source,
+        ) as audience,
+        Besiegers(Siege(node.address, sources, per_source, [*slow, *unread]), cores.client) as besiegers,
+    ):
+        phases = _Run(plan, node, audience, besiegers, note).measure()
+        audience.finish(FINISH_S)
     parameters = {name: value for name, value in asdict(plan).items() if isinstance(value, int | float)}
     return AttackResult(
         command=command,

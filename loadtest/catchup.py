@@ -20,7 +20,7 @@ from loadtest.charts import Chart
 from loadtest.dialects import Dialect, WrongAnswer, channel_of, make_payload, parse_response
 from loadtest.fleet import CONNECT_S, RESET_ON_CLOSE, FleetError
 from loadtest.machine import ran
-from loadtest.results import Medians, Result, Target, Values, percentile
+from loadtest.results import Medians, Result, Target, Values, percentile, percentiles_ms
 from loadtest.scenario import Bench, Case, Parameters, Samples, Scenario, comparison
 from loadtest.servers import Address, NchanRedis, PushUpRedis, Server, ServerError
 from loadtest.variants import NchanMultipart
@@ -340,10 +340,7 @@ def _of_clients(seen: Listening) -> Values:
         "catch_up_ms": seen.wall / 1e6,
         "catch_up_polls_per_client": seen.polls / len(times),
         "caught_up_mean_ms": fmean(times) / 1e6,
-        "caught_up_p50_ms": percentile(times, 50) / 1e6,
-        "caught_up_p99_ms": percentile(times, 99) / 1e6,
-        "caught_up_p999_ms": percentile(times, 99.9) / 1e6,
-        "caught_up_max_ms": times[-1] / 1e6,
+        **percentiles_ms("caught_up", times),
         "client_busy": seen.cpu / seen.wall,
         "client_lag_ms": percentile(sorted(seen.turns), 99) / 1e6,
     }
@@ -386,11 +383,7 @@ def _await_parked(server: Server, count: int) -> None:
 
 
 def _ratio(case: str, metric: str, peer: type[Server]) -> Callable[[Medians], float | None]:
-    def value(medians: Medians) -> float | None:
-        ours, theirs = medians.of(case, metric, PushUpRedis.name), medians.of(case, metric, peer.name)
-        return None if ours is None or not theirs else ours / theirs
-
-    return value
+    return lambda medians: medians.quotient(case, metric, PushUpRedis.name, peer.name)
 
 
 def _median(case: str, metric: str) -> Callable[[Medians], float | None]:

@@ -12,7 +12,7 @@ from loadtest.dialects import Dialect, make_payload
 from loadtest.fleet import Delivery, Fleet, FleetError, Publication
 from loadtest.machine import Ran, kernel_bytes
 from loadtest.pushpin import Pushpin
-from loadtest.results import OURS, Medians, Target, Values, percentile
+from loadtest.results import OURS, Medians, Target, Values, percentile, percentiles_ms
 from loadtest.scenario import Bench, Case, Parameters, Samples, Scenario, comparison
 from loadtest.servers import Floor, Nchan, NchanRedis, PushUp, PushUpRedis, Server
 
@@ -105,7 +105,7 @@ def measure_crowd(bench: Bench, crowd: Crowd) -> tuple[Values, Samples]:
         "deliveries_per_s": count / _median_wall_s(deliveries),
         **{f"{what}_cpu_delivery_us": cpu / answers / 1e3 for what, cpu in beside.items()},
         **_pace(server, deliveries, answering),
-        **_latencies([latency for delivery in deliveries for latency in delivery.answers]),
+        **percentiles_ms("latency", sorted(latency for delivery in deliveries for latency in delivery.answers)),
     }
     if not again:
         values["cpu_delivery_us"] = delivering_us
@@ -233,16 +233,6 @@ def _pace(server: Server, deliveries: Sequence[Delivery], answering: Sequence[Ra
     if not server.crowded:  # Else its processes wait for each other.
         values["waited"] = (sum(ran.waited for ran in answering) + sum(ran.waited for ran in clients)) / wall
     return values
-
-
-def _latencies(latencies: list[int]) -> Values:
-    latencies.sort()
-    return {
-        "latency_p50_ms": percentile(latencies, 50) / 1e6,
-        "latency_p99_ms": percentile(latencies, 99) / 1e6,
-        "latency_p999_ms": percentile(latencies, 99.9) / 1e6,
-        "latency_max_ms": latencies[-1] / 1e6,
-    }
 
 
 # The crowds

@@ -171,11 +171,7 @@ _PIPELINED: Final = f"pipelined over {CONNECTIONS} connections"
 
 
 def _ratio(metric: str) -> Callable[[Medians], float | None]:
-    def value(medians: Medians) -> float | None:
-        ours, bare = (medians.of(_PIPELINED, metric, server.name) for server in (RedisFunction, BareRedis))
-        return None if ours is None or not bare else ours / bare
-
-    return value
+    return lambda medians: medians.quotient(_PIPELINED, metric, RedisFunction.name, BareRedis.name)
 
 
 def scenarios(*, quick: bool) -> tuple[Scenario, ...]:

@@ -23,7 +23,7 @@ from loadtest.charts import Chart
 from loadtest.dialects import Dialect, Response, WrongAnswer, make_payload, parse_response
 from loadtest.fleet import FleetError
 from loadtest.ledger import Ledger
-from loadtest.results import Measurement, Medians, Result, Target, Values, percentile
+from loadtest.results import Measurement, Medians, Result, Target, Values, percentile, percentiles_ms
 from loadtest.scenario import Bench, Case, Samples, Scenario, comparison
 from loadtest.servers import Address, NchanRedis, PushUpRedis, Server
 from loadtest.variants import NchanImpatient
@@ -60,7 +60,6 @@ SPARE_S: Final = 2.5
 DOWN_S: Final = 0.5
 """How long Redis is away."""
 
-_PERCENTILES: Final = {"p50": 50, "p99": 99, "p999": 99.9, "max": 100}
 _TOTALS: Final = (
     "publications_acknowledged",
     "deliveries_expected",
@@ -423,8 +422,8 @@ def report(trial: Trial) -> tuple[Values, Samples]:
         "polls_refused": counts.refused_polls,
         "polls_broken": counts.broken_polls,
         "pollers_starved": verdict.starved,
-        **{f"silence_{name}_ms": percentile(silences, percent) / 1e6 for name, percent in _PERCENTILES.items()},
-        **{f"latency_{name}_ms": percentile(latencies, percent) / 1e6 for name, percent in _PERCENTILES.items()},
+        **percentiles_ms("silence", silences),
+        **percentiles_ms("latency", latencies),
         "latency_mean_ms": fmean(latencies) / 1e6,
         "client_busy": trial.client_busy,
         "client_lag_ms": percentile(sorted(counts.late), 99) / 1e6,

@@ -9,7 +9,6 @@ import json
 import os
 import select
 import socket
-import struct
 import time
 from array import array
 from collections import deque
@@ -18,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Self
 
 from loadtest.dialects import PushUpDialect, WrongAnswer, make_payload, parse_response
-from loadtest.fleet import FleetError
+from loadtest.fleet import RESET_ON_CLOSE, FleetError
 
 READ_BYTES: Final = 65536
 EVENTS: Final = 512
@@ -28,8 +27,6 @@ DUES_KEPT: Final = 10_000
 """Of one channel; a message that comes when it is older than so many others counts as wrong."""
 IP_BIND_ADDRESS_NO_PORT: Final = 24
 """The kernel finds the port when it connects: the same one may be used for different servers."""
-
-RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 
 Address = tuple[str, int]
 Job = tuple[int, Callable[[], None]]

@@ -2,7 +2,6 @@
 
 import select
 import socket
-import struct
 import time
 from collections import deque
 from statistics import fmean
@@ -11,9 +10,9 @@ from typing import Final, Self
 from loadtest.answers import Answer, hear, published_id
 from loadtest.crowds import QUICK_ROUNDS, ROUNDS
 from loadtest.dialects import WrongAnswer, make_payload, parse_response
-from loadtest.fleet import FleetError
+from loadtest.fleet import RESET_ON_CLOSE, FleetError
 from loadtest.ledger import Ledger
-from loadtest.results import Medians, Target, Values, percentile
+from loadtest.results import Medians, Target, Values, percentile, percentiles_ms
 from loadtest.scenario import Bench, Case, Parameters, Samples, Scenario, comparison
 from loadtest.servers import NchanRedis, PushUpRedis, Server
 
@@ -23,8 +22,6 @@ PUBLISHERS: Final = 64
 PARK_S: Final = 20.0
 DRAIN_S: Final = 10.0
 """How long the last deliveries may take."""
-RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
-_PERCENTILES: Final = {"p50": 50, "p99": 99, "p999": 99.9, "max": 100}
 
 
 class _Poller:
@@ -218,7 +215,7 @@ def measure(bench: Bench) -> tuple[Values, Samples]:
         )
     values: Values = {
         "latency_mean_ms": fmean(latencies) / 1e6,
-        **{f"latency_{name}_ms": percentile(latencies, percent) / 1e6 for name, percent in _PERCENTILES.items()},
+        **percentiles_ms("latency", latencies),
         "deliveries_expected": verdict.expected,
         "deliveries_received": verdict.received,
         "messages_lost": verdict.lost,

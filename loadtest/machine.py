@@ -5,7 +5,8 @@ import platform
 import re
 import resource
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -37,6 +38,17 @@ def plan_cores(allowed: Iterable[int]) -> Cores:
     if len(cores) < 2:
         return Cores(frozenset(cores), frozenset(cores))
     return Cores(frozenset(cores[:1]), frozenset(cores[1:2]))
+
+
+@contextmanager
+def on_cores(cores: frozenset[int]) -> Iterator[None]:
+    """This process runs on these cores meanwhile, and what it starts: a child inherits that, and so do its threads."""
+    mine = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, mine)
 
 
 class Memory(NamedTuple):

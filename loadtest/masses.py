@@ -22,7 +22,7 @@ from loadtest.herd import Address
 from loadtest.machine import Ran, kernel_bytes
 from loadtest.network import connections_left, own_network
 from loadtest.report import markdown
-from loadtest.results import METRICS, OURS, Measurement, Medians, Result, Target, Values, percentile
+from loadtest.results import METRICS, OURS, Measurement, Medians, Result, Target, Values, percentile, percentiles_ms
 from loadtest.scenario import Run, Scenario
 from loadtest.servers import PushUp, ServerError
 
@@ -302,10 +302,7 @@ def _measure(number: int, step: int, masses: Masses, values: Values) -> Measurem
         **summed,
         **least,
         "memory_per_poll_after_bytes": masses.memory_per_poll(),
-        "latency_p50_ms": percentile(every, 50) / 1e3,
-        "latency_p99_ms": percentile(every, 99) / 1e3,
-        "latency_p999_ms": percentile(every, 99.9) / 1e3,
-        "latency_max_ms": every[-1] / 1e3,
+        **percentiles_ms("latency", every, 1e3),
         "latency_mean_ms": sum(every) / len(every) / 1e3,
     }
     samples = {

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from loadtest.results import Values, percentile
+from loadtest.results import Values, percentiles_ms
 
 HEADER_BYTES: Final = 14 + 20 + 32
 """Headers of a segment on Ethernet: Ethernet, IPv4, TCP with timestamps. The two with SYN have 8 bytes more."""
@@ -64,10 +64,7 @@ def trip_times(trips: Sequence[int]) -> Values:
     ordered = sorted(trips)
     return {
         "latency_mean_ms": sum(ordered) / len(ordered) / 1e6,
-        "latency_p50_ms": percentile(ordered, 50) / 1e6,
-        "latency_p99_ms": percentile(ordered, 99) / 1e6,
-        "latency_p999_ms": percentile(ordered, 99.9) / 1e6,
-        "latency_max_ms": ordered[-1] / 1e6,
+        **percentiles_ms("latency", ordered),
     }
 
 

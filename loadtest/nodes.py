@@ -14,7 +14,7 @@ from loadtest.fleet import FleetError
 from loadtest.herd import Channel, Herd, Tally
 from loadtest.machine import ran
 from loadtest.report import markdown
-from loadtest.results import METRICS, OURS, Measurement, Medians, Result, Target, Values, percentile
+from loadtest.results import METRICS, OURS, Measurement, Medians, Result, Target, Values, percentile, percentiles_ms
 from loadtest.scenario import Run, Samples, Scenario
 from loadtest.servers import PushUp, ServerError
 
@@ -131,10 +131,7 @@ def latency_values(tally: Tally) -> Values:
         raise FleetError("no message was received")
     return {
         "latency_mean_ms": mean(latencies) / 1e6,
-        "latency_p50_ms": percentile(latencies, 50) / 1e6,
-        "latency_p99_ms": percentile(latencies, 99) / 1e6,
-        "latency_p999_ms": percentile(latencies, 99.9) / 1e6,
-        "latency_max_ms": latencies[-1] / 1e6,
+        **percentiles_ms("latency", latencies),
         "client_lag_ms": percentile(lags, 99) / 1e6,
     }
 

@@ -1,17 +1,16 @@
 """The paper's evaluation of a single server: its two tables, and what becomes of both long pollings with the crowd."""
 
-import os
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from loadtest.charts import Chart
-from loadtest.machine import PAGE_BYTES
+from loadtest.machine import PAGE_BYTES, on_cores
 from loadtest.measures import cpu_ns, memory_values, received_share, trip_times
 from loadtest.methods import HOLD_S, METHODS, EventDriven, Method, Multithreaded
 from loadtest.pollers import Group, Pollers, PollersError, Tally
@@ -231,7 +230,7 @@ def measure_tables(plan: Tables, how: Run) -> Iterator[Measurement]:
     def tick() -> None:
         how.share(min((time.monotonic() - begin) / expected, 1))
 
-    with _on_core(how.cores.client):
+    with on_cores(how.cores.client):
         for number in range(1, how.rounds + 1):
             for method in METHODS:
                 yield from _measure_cells(number, plan, method, how, tick)
@@ -268,7 +267,7 @@ def measure_growth(plan: Growth, how: Run) -> Iterator[Measurement]:
     def tick() -> None:
         how.share(min((time.monotonic() - begin) / expected, 1))
 
-    with _on_core(how.cores.client):
+    with on_cores(how.cores.client):
         for number in range(1, how.rounds + 1):
             failed: dict[type[Method], str] = {}
             for size in plan.sizes:
@@ -304,17 +303,6 @@ def growth_case(size: int) -> str:
 def make_group(server: Method, channel: str, clients: int, due: Sequence[float]) -> Group:
     """Clients that ask as the method has it."""
     return Group(server.address, channel, clients, server.hold_s, server.pull_s, due, MESSAGE_BYTES)
-
-
-@contextmanager
-def _on_core(cores: frozenset[int]) -> Iterator[None]:
-    """This process runs there meanwhile."""
-    mine = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, mine)
 
 
 # Showing

@@ -187,7 +187,11 @@ class Medians:
 
     def ratio(self, case: str, metric: str, peer: str) -> float | None:
         """PushUp's median divided by the peer's, over Redis if that is; None where either is missing."""
-        found, theirs = self.of(case, metric, ours(peer)), self.of(case, metric, peer)
+        return self.quotient(case, metric, ours(peer), peer)
+
+    def quotient(self, case: str, metric: str, server: str, peer: str) -> float | None:
+        """One server's median divided by another's; None where either is missing."""
+        found, theirs = self.of(case, metric, server), self.of(case, metric, peer)
         return None if found is None or not theirs else found / theirs
 
     def cases(self) -> list[str]:
@@ -299,6 +303,16 @@ def _rank(result: Result) -> tuple[bool, str]:
 def utc_now() -> str:
     """The date and time in UTC, as file names have it: 20260102T030405Z."""
     return datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+
+
+def percentiles_ms(name: str, ordered: Sequence[float], units: float = 1e6) -> Values:
+    """p50, p99, p99.9 and the greatest of the ordered values, by metric; `units` of theirs are a millisecond."""
+    return {
+        f"{name}_p50_ms": percentile(ordered, 50) / units,
+        f"{name}_p99_ms": percentile(ordered, 99) / units,
+        f"{name}_p999_ms": percentile(ordered, 99.9) / units,
+        f"{name}_max_ms": ordered[-1] / units,
+    }
 
 
 def percentile(ordered: Sequence[float], percent: float) -> float:

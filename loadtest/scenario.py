@@ -9,7 +9,7 @@ from typing import Final
 
 from loadtest.charts import Chart
 from loadtest.fleet import Fleet, FleetError
-from loadtest.machine import Cores, facts, plan_cores
+from loadtest.machine import Cores, facts, on_cores, plan_cores
 from loadtest.results import Measurement, Medians, Result, Target, Values, is_ours, utc_now
 from loadtest.servers import Nchan, PushUp, Server, ServerError
 
@@ -146,15 +146,11 @@ def comparison(
             done += 1
             how.share(min(done / total, 1))
 
-        mine = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, how.cores.client)
-        try:
+        with on_cores(how.cores.client):
             for number in range(1, how.rounds + 1):
                 for case in cases:
                     for kind in case.servers:
                         yield _measure(number, case, kind, how, step)
-        finally:
-            os.sched_setaffinity(0, mine)
 
     return Scenario(
         name=name,

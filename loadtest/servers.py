@@ -21,7 +21,7 @@ from cluster.nodes import ROOT, Node, check_settings
 from cluster.processes import HOST, Process, find_programs, free_ports, stop
 from cluster.stores import Store, ask, check_version, start_stores
 from loadtest.dialects import Dialect, NchanDialect, PushUpDialect
-from loadtest.machine import Cores, Memory, Ran, asleep, family, memory, ran, revision, ticks_ns
+from loadtest.machine import Cores, Memory, Ran, asleep, family, memory, on_cores, ran, revision, ticks_ns
 from pushup import __version__
 
 START_S: Final = 20.0
@@ -246,7 +246,7 @@ class Server(ABC):
         """Start it again with the data it had; returns when it answers."""
         redis = self._helpers["redis"]
         assert isinstance(redis, Store)
-        with self._told_plainly(), _pinned(self._cores.client):
+        with self._told_plainly(), on_cores(self._cores.client):
             redis.restart()
 
     def __enter__(self) -> Self:
@@ -270,7 +270,7 @@ class Server(ABC):
         return Path(self._temporary.name)
 
     def _start(self) -> None:
-        with _pinned(self._cores.client):
+        with on_cores(self._cores.client):
             self._start_helpers()
         ports = free_ports(self.nodes, row=3)
         self.addresses = tuple((HOST, port) for port in ports)
@@ -286,7 +286,7 @@ class Server(ABC):
             start_stores("standalone", [redis], (), ())
 
     def _launch_node(self, node: Process) -> None:
-        with _pinned(self._cores.server):
+        with on_cores(self._cores.server):
             self._start_node(node)
 
     @contextlib.contextmanager
@@ -501,17 +501,6 @@ def program(name: str) -> str:
     except ClusterError as error:
         raise ServerError(str(error)) from None
     return found
-
-
-@contextlib.contextmanager
-def _pinned(cores: frozenset[int]) -> Iterator[None]:
-    """What is started meanwhile runs on these cores: a child inherits that, and so do its threads."""
-    mine = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, mine)
 
 
 def redis_version() -> str:
