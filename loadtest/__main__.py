@@ -14,7 +14,6 @@ from loadtest import attack, attack_report
 from loadtest.catalogue import catalogue
 from loadtest.fleet import FleetError
 from loadtest.progress import Progress, show_duration
-from loadtest.report import write
 from loadtest.results import Result, save
 from loadtest.scenario import Scenario, run
 from loadtest.servers import ServerError
@@ -54,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{name:20} {show_duration(scenario.seconds):>6}  {scenario.question}")
         return 0
     if parsed.command == "report":
+        from loadtest.report import write  # With it comes matplotlib, which nobody who measures needs.
+
         try:
             print(f"wrote {write(catalogue()).name}")
             if attack_report.RAW.exists():

@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any, Final
 
 from loadtest.machine import Facts
-from loadtest.report import markdown, show_facts, show_targets
+from loadtest.markdown import markdown, show_facts, show_targets
 from loadtest.results import CLIENT_BOUND_BUSY, DISTURBED, dump
 
 RAW: Final = Path(__file__).parent / "attack.json"

@@ -20,8 +20,8 @@ from loadtest.farm import Farm, address_of, descriptors_of_a_process
 from loadtest.fleet import FleetError
 from loadtest.herd import Address
 from loadtest.machine import Ran, kernel_bytes
+from loadtest.markdown import markdown
 from loadtest.network import connections_left, own_network
-from loadtest.report import markdown
 from loadtest.results import METRICS, OURS, Measurement, Medians, Result, Target, Values, percentile, percentiles_ms
 from loadtest.scenario import Run, Scenario
 from loadtest.servers import PushUp, ServerError

@@ -13,7 +13,7 @@ from loadtest.farm import Farm, address_of
 from loadtest.fleet import FleetError
 from loadtest.herd import Channel, Herd, Tally
 from loadtest.machine import ran
-from loadtest.report import markdown
+from loadtest.markdown import markdown
 from loadtest.results import METRICS, OURS, Measurement, Medians, Result, Target, Values, percentile, percentiles_ms
 from loadtest.scenario import Run, Samples, Scenario
 from loadtest.servers import PushUp, ServerError

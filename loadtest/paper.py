@@ -11,10 +11,10 @@ from typing import Any, Final, NamedTuple
 
 from loadtest.charts import Chart
 from loadtest.machine import PAGE_BYTES, on_cores
+from loadtest.markdown import markdown
 from loadtest.measures import cpu_ns, memory_values, received_share, trip_times
 from loadtest.methods import HOLD_S, METHODS, EventDriven, Method, Multithreaded
 from loadtest.pollers import Group, Pollers, PollersError, Tally
-from loadtest.report import markdown
 from loadtest.results import METRICS, Measurement, Medians, Result, Target, Values, percentile
 from loadtest.scenario import Run, Samples, Scenario
 from loadtest.servers import Server, ServerError

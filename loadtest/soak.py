@@ -16,8 +16,8 @@ from loadtest.farm import Farm, address_of
 from loadtest.fleet import FleetError
 from loadtest.herd import Address, Channel, Herd, Job, Tally
 from loadtest.machine import memory, ran
+from loadtest.markdown import markdown
 from loadtest.nodes import latency_values, loss_values
-from loadtest.report import markdown
 from loadtest.results import METRICS, OURS, Measurement, Medians, Result, Target, percentile
 from loadtest.scenario import Run, Samples, Scenario
 from loadtest.servers import PushUp, ServerError
