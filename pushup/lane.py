@@ -34,7 +34,7 @@ from pushup.hub import Subscription
 from pushup.messages import Answer, Receipt
 from pushup.node import Node
 from pushup.origins import NOT_ALLOWED
-from pushup.peers import Peer, parse_proxy_header
+from pushup.peers import parse_proxy_header
 from pushup.publishing import Order, read_order
 from pushup.realm import Realm
 from pushup.sender import NOBODY, Sender
@@ -186,14 +186,12 @@ class Lanes:
         else:
             connection.abort()
 
-    def warn_of(self, peer: Peer) -> None:
+    def warn_of(self, peer: str) -> None:
         """Say that an address has too many connections, now and then."""
         now = self.loop.time()
         if now >= self._warn_again:
             self._warn_again = now + WARNING_PAUSE_S
-            log.warning(
-                "too many connections; if this is a proxy, name it in trusted_proxies", extra={"address": peer.key}
-            )
+            log.warning("too many connections; if this is a proxy, name it in trusted_proxies", extra={"address": peer})
 
     def leaves_unread(self, connection: "Lane | WebConnection", size: int) -> None:
         """The client does not read, and has `size` bytes to. If all have too many, who has not read longest is cut."""
@@ -295,7 +293,7 @@ class Lane(asyncio.Protocol):
         self._state = READING
         self._buffer = b""
         """What came and was not looked at yet."""
-        self._peer: Peer | None = None
+        self._peer: str | None = None
         """Whose connection is counted; None if it is a trusted proxy's."""
         self._how = 0
         self._sender = NOBODY
@@ -648,7 +646,8 @@ class Lane(asyncio.Protocol):
         lanes.metrics.requests_lane += 1
         if sender.forwarded is not None and self._peer is None and not lanes.settings.proxy_protocol:
             peers = lanes.service.peers
-            peer = peers.enter(sender.forwarded)
+            peer = sender.forwarded
+            peers.count(peer)
             if peers.is_over(peer):
                 lanes.warn_of(peer)
                 peers.leave(peer)

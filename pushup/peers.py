@@ -139,56 +139,50 @@ def _parse_v2(data: bytes) -> Proxied | None:
     return Proxied(str(parse_ip(str(ip_address(data[16 : 16 + size])))), total)
 
 
-class Peer:
-    """An address that connections are counted of."""
-
-    __slots__ = ("connections", "key")
-
-    def __init__(self, key: str) -> None:
-        self.key = key
-        self.connections = 0
-
-
 class Peers:
-    """How many connections each client address has; `limit` is how many it may have."""
+    """How many connections each client address has; `limit` is how many it may have. They go by `peer_key`."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._peers: dict[str, Peer] = {}
-        self._key = lru_cache(4096)(_key)
+        self._connections: dict[str, int] = {}
+        self._key = lru_cache(4096)(peer_key)
 
     def __len__(self) -> int:
-        return len(self._peers)
+        return len(self._connections)
 
-    def enter(self, host: str) -> Peer:
-        """Count one more, within the limit or not. O(1)."""
+    def enter(self, host: str) -> str:
+        """Count one more, within the limit or not; whose it is from now on. O(1)."""
         key = self._key(host)
-        client = self._peers.get(key)
-        if client is None:
-            client = self._peers[key] = Peer(key)
-        client.connections += 1
-        return client
+        self.count(key)
+        return key
 
-    def leave(self, client: Peer) -> None:
+    def count(self, key: str) -> None:
+        """The same of an address whose key is known. O(1)."""
+        self._connections[key] = self._connections.get(key, 0) + 1
+
+    def leave(self, key: str) -> None:
         """Count one less."""
-        client.connections -= 1
-        if not client.connections:
-            del self._peers[client.key]
+        left = self._connections[key] - 1
+        if left:
+            self._connections[key] = left
+        else:
+            del self._connections[key]
 
-    def is_over(self, client: Peer) -> bool:
+    def is_over(self, key: str) -> bool:
         """Whether it has more than it may have."""
-        return client.connections > self._limit
+        return self._connections.get(key, 0) > self._limit
 
-    def refusal(self, client: Peer) -> TooManyConnections:
+    def refusal(self, key: str) -> TooManyConnections:
         """What it is told then."""
-        return TooManyConnections(f"{client.key} has {self._limit} connections here already")
+        return TooManyConnections(f"{key} has {self._limit} connections here already")
 
-    def is_flooding(self, client: Peer) -> bool:
+    def is_flooding(self, key: str) -> bool:
         """Whether it has so many that it is not even told."""
-        return client.connections > 2 * self._limit
+        return self._connections.get(key, 0) > 2 * self._limit
 
 
-def _key(host: str) -> str:
+def peer_key(host: str) -> str:
+    """What an address is counted by: its network if it is an IPv6 one. The key of a key is the key."""
     address = parse_ip(host)
     if isinstance(address, IPv6Address):
         return str(IPv6Network((address, IPV6_PREFIX), strict=False))

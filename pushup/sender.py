@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from pushup.origins import Origins
-from pushup.peers import Networks, forwarded_for
+from pushup.peers import Networks, forwarded_for, peer_key
 
 _BEARER: Final = "bearer "
 _READ: Final = frozenset((b"authorization", b"cookie", b"host", b"origin", b"x-forwarded-for"))
@@ -29,7 +29,7 @@ class Sender:
         self.cookies = cookies
         """Empty unless the page that sent them may use this node."""
         self.forwarded = forwarded
-        """The client that a proxy speaks for. To be believed only of a trusted one."""
+        """The client that a proxy speaks for, by its `peer_key`. To be believed only of a trusted one."""
         self.foreign = foreign
         """Whether a page of an origin that is not allowed has sent it."""
         self.cors = cors or {}
@@ -67,10 +67,11 @@ def read_sender(headers: Iterable[tuple[bytes, bytes]], origins: Origins, proxie
     # A browser sends one. Of several none can be believed to be its.
     origin = ",".join(map(_text, fields[b"origin"])) if b"origin" in fields else None
     known = origin is None or origins.knows(origin, host)
+    forwarded = forwarded_for(fields[b"x-forwarded-for"], proxies) if b"x-forwarded-for" in fields else None
     return Sender(
         key,
         "; ".join(map(_text, fields.get(b"cookie", ()))) if known else "",
-        forwarded_for(fields[b"x-forwarded-for"], proxies) if b"x-forwarded-for" in fields else None,
+        None if forwarded is None else peer_key(forwarded),
         foreign=origin is not None and not origins.allows(origin, host),
         cors=origins.headers(origin),
     )

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pushup.access import Grant
 from pushup.metrics import Metrics
 from pushup.origins import Origins
-from pushup.peers import Networks, Peer, Peers
+from pushup.peers import Networks, Peers
 from pushup.realm import Realm, refuse_stranger
 from pushup.sender import Sender, read_sender
 from pushup.settings import Settings
@@ -46,7 +46,7 @@ class Seat:
 
     __slots__ = ("_grant", "_peer", "_peers")
 
-    def __init__(self, peers: Peers, grant: Grant | None, peer: Peer | None) -> None:
+    def __init__(self, peers: Peers, grant: Grant | None, peer: str | None) -> None:
         self._peers = peers
         self._grant = grant
         self._peer = peer

@@ -82,8 +82,9 @@ class Guests:
     def seat(self, request: web.Request, sender: Sender, grant: Grant | None) -> Iterator[None]:
         """Count a poll or stream of its token, and of the client a proxy speaks for. Raises TooManyConnections."""
         peers = self._service.peers
-        forwarded = self._forwarded(request, sender)
-        peer = peers.enter(forwarded) if forwarded is not None else None
+        peer = self._forwarded(request, sender)
+        if peer is not None:
+            peers.count(peer)
         seat = Seat(peers, grant, peer)
         try:
             if peer is not None and peers.is_over(peer):

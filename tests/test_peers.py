@@ -16,6 +16,7 @@ from pushup.peers import (
     forwarded_for,
     parse_ip,
     parse_proxy_header,
+    peer_key,
 )
 
 PROXIES = Networks("10.0.0.0/8, 2001:db8:ffff::/48, 192.0.2.7")
@@ -362,7 +363,7 @@ def test_who_leaves_makes_room_and_is_forgotten() -> None:
     clients.leave(second)
 
     assert len(clients) == 0
-    assert clients.enter("192.0.2.1").connections == 1
+    assert not clients.is_over(clients.enter("192.0.2.1"))
 
 
 @pytest.mark.parametrize(
@@ -403,15 +404,24 @@ def test_a_refusal_names_address_and_limit() -> None:
 def test_counts_are_those_of_who_is_there(limit: int, steps: list[tuple[str, bool]]) -> None:
     """Whoever comes and goes, each count is that of the connections that are there."""
     clients = Peers(limit)
-    there: dict[str, list[object]] = {}
+    there: dict[str, list[str]] = {}
     for host, comes in steps:
         key = "::" if host in ("::1", "::2") else host
         present = there.setdefault(key, [])
         if comes:
             client = clients.enter(host)
             present.append(client)
-            assert client.connections == len(present)
             assert clients.is_over(client) is (len(present) > limit)
         elif present:
-            clients.leave(present.pop())  # type: ignore[arg-type]
+            clients.leave(present.pop())
     assert len(clients) == sum(bool(present) for present in there.values())
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "::ffff:192.0.2.1", "2001:db8:1:2::1", "fe80::1%eth0", "nonsense"])
+def test_a_client_that_is_known_by_its_key_counts_with_the_others(host: str) -> None:
+    """Whoever has found out the key before need not have the address looked at again."""
+    clients = Peers(1)
+    clients.count(peer_key(host))
+
+    assert clients.is_over(clients.enter(host))
+    assert peer_key(peer_key(host)) == peer_key(host)
