@@ -11,10 +11,10 @@ _CURSOR: Final = re.compile(rb"&start=([1-9][0-9]{15}|latest)")
 """Ids have 16 digits from the year 2001 on; so has the largest."""
 
 _ONE: Final = re.compile(
-    rb"([^?]*\?channel=)([A-Za-z][A-Za-z0-9_-]{,99})&start=([1-9][0-9]{15}|latest)"
+    rb"([^?]*\?channel=)([A-Za-z][A-Za-z0-9_-]{,99})&start=(0|[1-9][0-9]{15}|latest)"
     rb"((?:&(?:timeout|token)=[A-Za-z0-9._~-]*)* HTTP/1\.1)"
 )
-"""A poll of one channel with a plain name, as clients write it."""
+"""A poll of one channel with a plain name, as clients write it; the first one may want all that there ever was."""
 
 _MEMORY_BYTES_MAX: Final = 16 * 1024 * 1024
 _LINE_BYTES: Final = 300

@@ -112,6 +112,15 @@ def test_the_first_poll_is_like_those_after_it() -> None:
     assert [known and known[0].poll.start for known in (first, second)] == [LATEST, CURSOR]
 
 
+def test_the_first_poll_from_the_beginning_is_one_of_any_channel() -> None:
+    """Channels that come and go leave nothing behind, also if each is asked for all that there ever was."""
+    memory = learned(*(request(f"channel=c{number}&start=0&timeout=9") for number in range(3)))
+    data = request("channel=c7&start=0&timeout=9")
+
+    assert memory.recall(data) == (parse(data), HOW, NOBODY)
+    assert (len(memory._shapes), len(memory._lines)) == (1, 0)
+
+
 def test_other_fields_are_another_request() -> None:
     """Also where the line is the same."""
     memory = learned(request(f"channel=a&start={CURSOR}"))
@@ -120,7 +129,7 @@ def test_other_fields_are_another_request() -> None:
 
 
 @pytest.mark.parametrize(
-    "cursor", ["", "0", "latestx", "-1", CURSOR // 10, CURSOR * 10, f"0{CURSOR // 10}", MAX_ID + 1]
+    "cursor", ["", "00", "latestx", "-1", CURSOR // 10, CURSOR * 10, f"0{CURSOR // 10}", MAX_ID + 1]
 )
 def test_what_is_no_usual_cursor_is_parsed(cursor: object) -> None:
     """Ids have 16 digits; what has more or less, or is above all ids, does not pass for one."""
@@ -192,6 +201,8 @@ _PARTS = (
     "start=",
     "start=latest",
     "start=latest7",
+    "start=0",
+    "start=07",
     f"%73tart={CURSOR}",
     f"xstart={CURSOR}",
     f"end={CURSOR}",
