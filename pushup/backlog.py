@@ -21,14 +21,12 @@ class Backlog:
     `floor`: every message with an id of at least `floor` that the channel ever had is here. Older ones may be.
     `whole`: what lies below the floor is gone for good; otherwise somebody else (the broker) may still have it.
     `tail`: the id of the last message ever appended, kept or not; 0 if there was none.
-    `bytes`: the size of all their data.
     """
 
-    __slots__ = ("_messages", "bytes", "floor", "tail", "whole")
+    __slots__ = ("_messages", "floor", "tail", "whole")
 
     def __init__(self, floor: int = 0, tail: int = 0, whole: bool = True, messages: Sequence[Message] = ()) -> None:
         self._messages = list(messages) or _NONE
-        self.bytes = _size(messages)
         self.floor = floor
         self.tail = tail
         self.whole = whole
@@ -49,7 +47,6 @@ class Backlog:
             messages.append(message)
         else:
             self._messages = [message]
-        self.bytes += message.size
         self.tail = message.id
 
     def covers(self, start: int) -> bool:
@@ -70,26 +67,27 @@ class Backlog:
 
     def pushed_out(self, count: int) -> int:
         """The size of the data that trimming to `count` messages would drop. O(n dropped)."""
-        return _size(self._messages[: max(len(self._messages) - count, 0)])
+        return size_of(self._messages[: max(len(self._messages) - count, 0)])
 
-    def trim(self, count: int, before: int) -> int:
-        """Drop messages until at most `count` are left and none has an id below `before`; return how many went.
+    def trim(self, count: int, before: int) -> Sequence[Message]:
+        """Drop messages until at most `count` are left and none has an id below `before`; return those that went.
 
         The floor moves to just above the newest one dropped. O(n dropped).
         """
         messages = self._messages
         if not messages:
-            return 0
+            return ()
         drop = len(messages) - count
         if messages[0].id < before:
             drop = max(drop, bisect_left(messages, before, key=_ID))
         if drop <= 0:
-            return 0
+            return ()
         self.floor = max(self.floor, messages[drop - 1].id + 1)
-        self.bytes -= _size(messages[:drop])
+        dropped = messages[:drop]
         del messages[:drop]
-        return drop
+        return dropped
 
 
-def _size(messages: Sequence[Message]) -> int:
+def size_of(messages: Sequence[Message]) -> int:
+    """The size of all their data."""
     return sum([message.size for message in messages])

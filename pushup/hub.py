@@ -15,7 +15,6 @@ Three rules keep the promise:
 import heapq
 import math
 from collections.abc import Iterable, Sequence
-from itertools import chain
 from typing import Final, Protocol
 
 import msgspec
@@ -167,7 +166,8 @@ class Hub:
         self._backlog = backlog
         self._linger = linger
         self._channels: dict[str, Channel] = {}
-        self._ticks: SortedDict[int, dict[Subscription, None]] = SortedDict()
+        self._ticks: SortedDict[int, tuple[int, dict[Subscription, None]]] = SortedDict()
+        """Who waits until then, with the one integer that is the `tick` of them all."""
         self._idle: dict[Channel, float] = {}
         """Channels nobody waits for, the longest idle first, with the time they became so."""
         self._held: set[Subscription] = set()
@@ -418,12 +418,12 @@ class Hub:
         due: list[Subscription] = []
         tick = math.floor(now * TICKS_PER_SECOND)
         while self._ticks and self._ticks.peekitem(0)[0] <= tick:
-            due += self._ticks.popitem(0)[1]
+            due += self._ticks.popitem(0)[1][1]
         return self._end(due, "timeout", now)
 
     def waiting(self) -> list[Subscription]:
         """Every parked poll whose channels are known, those that would expire first first. O(their number)."""
-        return list(chain.from_iterable(self._ticks.values()))
+        return [subscription for _, bucket in self._ticks.values() for subscription in bucket]
 
     def drain(self, subscriptions: Iterable[Subscription], now: float) -> Replies:
         """End those of these polls that still wait, before their time. O(their number)."""
@@ -477,14 +477,15 @@ class Hub:
     def _await_deadline(self, subscription: Subscription) -> None:
         bucket = self._ticks.get(subscription.tick)
         if bucket is None:
-            self._ticks[subscription.tick] = {subscription: None}
+            self._ticks[subscription.tick] = subscription.tick, {subscription: None}
         else:
-            bucket[subscription] = None
+            subscription.tick = bucket[0]
+            bucket[1][subscription] = None
 
     def _ignore_deadline(self, subscription: Subscription) -> None:
         bucket = self._ticks.get(subscription.tick)
         if bucket is not None:
-            bucket.pop(subscription, None)
+            bucket[1].pop(subscription, None)
 
     def _remove(self, subscriptions: Sequence[Subscription], now: float) -> None:
         """Take parked subscriptions out of every index. O(their channels)."""
@@ -492,7 +493,7 @@ class Hub:
         for subscription in subscriptions:
             bucket = ticks.get(subscription.tick)
             if bucket is not None:
-                bucket.pop(subscription, None)
+                bucket[1].pop(subscription, None)
             for channel in subscription.channels:
                 parked = channel.parked
                 if type(parked) is dict and len(parked) > 1:

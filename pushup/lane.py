@@ -78,6 +78,8 @@ REFUSED: Final = 5
 """It is one of too many; the client is told so when it asks for something."""
 PUBLISHING: Final = 6
 """The broker has what it publishes."""
+ANSWERED: Final = 7
+"""The lent request's answer is out; some of its body is still to come."""
 
 # How an answer is written; a bit each.
 KEEP_ALIVE: Final = 1
@@ -271,7 +273,6 @@ class Lane(asyncio.Protocol):
     """One client connection."""
 
     __slots__ = (
-        "_answered",
         "_body_left",
         "_buffer",
         "_how",
@@ -307,10 +308,8 @@ class Lane(asyncio.Protocol):
         self._web: WebConnection | None = None
         self._body_left = 0
         """Bytes of the lent request's body that are still to come."""
-        self._answered = False
-        """Whether the lent request's answer is out."""
         self._since = 0.0
-        """When the connection began to wait for what it waits for now."""
+        """When the connection began to wait for what it waits for now; of no meaning while a poll is parked."""
 
     # Called by the event loop
 
@@ -373,7 +372,7 @@ class Lane(asyncio.Protocol):
                     return  # Blank lines before a request are allowed, and mean nothing. They earn no time either.
                 self._since = self._lanes.loop.time()
             self._read(data)
-        elif self._state == LENT and self._body_left:
+        elif self._state in (LENT, ANSWERED) and self._body_left:
             self._feed(data)
         elif self._state == GREETING:
             self._greet(self._buffer + data)
@@ -420,7 +419,7 @@ class Lane(asyncio.Protocol):
             return "unread" if self._since < unread_since else ""
         if state == READING and not self._buffer:
             return "idle" if self._since < idle_since else ""
-        if state in (PARKED, PUBLISHING) or (state == LENT and not self._transport.is_closing()):
+        if state in (PARKED, PUBLISHING) or (state in (LENT, ANSWERED) and not self._transport.is_closing()):
             return ""
         return "slow" if self._since < slow_since else ""
 
@@ -475,11 +474,11 @@ class Lane(asyncio.Protocol):
 
     def web_answered(self, keep_alive: bool) -> None:
         """The answer to the lent request is written. `keep_alive`: the connection goes on."""
-        if self._state != LENT or self._answered:
+        if self._state != LENT:
             # Two answers to one request: the two sides disagree on what was one request.
             self.abort()
         elif keep_alive:
-            self._answered = True
+            self._state = ANSWERED
             self._take_back()
         else:
             # The web side closes the transport, as soon as the rest of the body has come.
@@ -662,6 +661,7 @@ class Lane(asyncio.Protocol):
         self._node = realm.node
         self._subscription = result
         self._state = PARKED
+        self._since = 0.0  # One for all: thousands wait.
         if grant is not None or peer is not None:
             self._seat = Seat(lanes.service.peers, grant, peer)
         if self._web is not None:
@@ -754,7 +754,6 @@ class Lane(asyncio.Protocol):
 
     def _lend(self, data: bytes, total: int) -> None:
         self._state = LENT
-        self._answered = False
         self._body_left = max(total - len(data), 0)
         self._buffer = data[total:]
         if self._web is None:
@@ -770,7 +769,7 @@ class Lane(asyncio.Protocol):
         self._take_back()
 
     def _take_back(self) -> None:
-        if self._state == LENT and self._answered and not self._body_left:
+        if self._state == ANSWERED and not self._body_left:
             self._state = READING
             self._read_on()
 

@@ -15,7 +15,7 @@ from typing import Final
 
 from sortedcontainers import SortedDict
 
-from pushup.backlog import Backlog
+from pushup.backlog import Backlog, size_of
 from pushup.broker import Listener, Tell, now_us
 from pushup.errors import ChannelExists, ChannelNotFound, KeyReused, PushUpError, RealmFull
 from pushup.messages import (
@@ -58,9 +58,10 @@ class _Channel:
         first = self.backlog.first
         return self.expires if first is None else min(self.expires, first + int(self.window * SECOND) + 1)
 
-    def trim(self, now: int) -> None:
-        """Drop what is too old or too much."""
-        self.backlog.trim(self.max_messages, now - int(self.window * SECOND))
+    def trim(self, now: int) -> int:
+        """Drop what is too old or too much; the size of the data that went."""
+        dropped = self.backlog.trim(self.max_messages, now - int(self.window * SECOND))
+        return size_of(dropped) if dropped else 0
 
 
 class MemoryStore:
@@ -137,12 +138,11 @@ class MemoryStore:
             backlog = channel.backlog
             if name in self._watched:
                 announcements.append((name, backlog.tail))
-            before = backlog.bytes
+            had = len(backlog)
             backlog.append(message)
-            channel.trim(now)
-            self._bytes += backlog.bytes - before
+            self._bytes += size - channel.trim(now)
             channel.expires = now + int(channel.ttl * SECOND)
-            if not before or channel.expires < channel.looked_at:
+            if not had or channel.expires < channel.looked_at:
                 self._look(name, channel)  # Otherwise it had messages, and is due no earlier than before.
         if self.listener is not None:
             for name, prev in announcements:
@@ -174,7 +174,7 @@ class MemoryStore:
         """O(log channels + polls)."""
         channel = self._get(name)
         del self._channels[name]
-        self._bytes -= channel.backlog.bytes
+        self._bytes -= channel.backlog.pushed_out(0)
         if channel.backlog.tail and not is_integer(name):
             self._closed[name] = channel.backlog.tail
             if len(self._closed) > CLOSED_REMEMBERED:
@@ -240,9 +240,7 @@ class MemoryStore:
             raise RealmFull(detail, max(1, seconds))
 
     def _trim(self, channel: _Channel, now: int) -> None:
-        before = channel.backlog.bytes
-        channel.trim(now)
-        self._bytes += channel.backlog.bytes - before
+        self._bytes -= channel.trim(now)
 
     def _get(self, name: str) -> _Channel:
         channel: _Channel | None = self._channels.get(name)
