@@ -1,6 +1,7 @@
 """What polls ask for, remembered by the bytes they came in, so that hardly a poll is parsed."""
 
 import re
+from hashlib import sha256
 from typing import Final, NamedTuple
 
 from pushup.messages import LATEST, MAX_ID, Poll
@@ -16,12 +17,14 @@ _ONE: Final = re.compile(
 )
 """A poll of one channel with a plain name, as clients write it; the first one may want all that there ever was."""
 
+_FIELDS_BYTES_MAX: Final = 16 * 1024
+"""Longer ones are parsed each time."""
 _MEMORY_BYTES_MAX: Final = 16 * 1024 * 1024
 _LINE_BYTES: Final = 300
 _CHANNEL_BYTES: Final = 8
 """About what a remembered poll takes beside the bytes, and each of its channels, whose names are the hub's."""
-_SENDER_BYTES: Final = 400
-"""About what a remembered sender takes beside the bytes."""
+_SENDER_BYTES: Final = 250
+"""About what it takes to remember a sender, beside the sender itself."""
 
 
 class Asked(NamedTuple):
@@ -42,29 +45,45 @@ class Memory:
     A client sends the same header fields with each of its polls, and the same request line but for the cursor. Clients
     with a channel of their own each differ in its name alone. Fields and lines are remembered apart: what llhttp makes
     of the fields does not depend on the line beyond its method and version, and only `GET … HTTP/1.1` without a body
-    is remembered. Bytes that differ in anything but a cursor, or a single plain name, are parsed. Forgets everything
-    when it holds `_MEMORY_BYTES_MAX`.
+    is remembered. Bytes that differ in anything but a cursor, or a single plain name, are parsed. Of fields, which
+    browsers have many of and each its own, the SHA-256 is kept: nobody can find others that have the same. Forgets
+    everything when it holds `_MEMORY_BYTES_MAX`.
     """
 
-    __slots__ = ("_asked", "_fields", "_known", "_latest", "_line", "_lines", "_shapes", "_size")
+    __slots__ = (
+        "_asked",
+        "_fields",
+        "_known",
+        "_latest",
+        "_latest_fields",
+        "_line",
+        "_lines",
+        "_senders",
+        "_shapes",
+        "_size",
+    )
 
     _asked: Asked
     """What `_line` asks for."""
     _known: Known
     """What is known of `_latest`."""
+    _latest_fields: tuple[int, Sender]
+    """What is known of `_fields`."""
 
     def __init__(self) -> None:
         self._lines: dict[bytes, Asked] = {}
         """By whole request lines."""
         self._shapes: dict[bytes, Asked] = {}
         """By request lines without the cursor, or without `NAME&start=CURSOR`; of polls without an end."""
-        self._fields: dict[bytes, tuple[int, Sender]] = {}
-        """From the end of the request line to the blank line inclusive; to how it is answered, and whom."""
+        self._senders: dict[bytes, tuple[int, Sender]] = {}
+        """By the digest from the end of the request line to the blank line inclusive: how it is answered, and whom."""
         self._size = 0
         self._latest: bytes | None = None
         """The last request that was recalled, as all clients of a channel say the same after the same answer."""
         self._line: bytes | None = None
         """The last request line, as they do but for their header fields."""
+        self._fields: bytes | None = None
+        """The last request's fields, as clients with a channel each have the same."""
 
     def recall(self, data: bytes) -> Known | None:
         """What `learn` was told of such a request. O(n)."""
@@ -73,37 +92,44 @@ class Memory:
         if not data.startswith(b"GET "):
             return None
         cut = data.find(b"\r\n")
-        fields = self._fields.get(data[cut:])
-        if fields is None:
-            return None
+        fields = data[cut:]
+        if fields != self._fields:
+            if len(fields) > _FIELDS_BYTES_MAX:
+                return None
+            known = self._senders.get(sha256(fields).digest())
+            if known is None:
+                return None
+            self._fields, self._latest_fields = fields, known
         line = data[:cut]
         if line != self._line:
             asked = self._recall_shape(line) or self._lines.get(line)
             if asked is None:
                 return None
             self._line, self._asked = line, asked
-        self._latest, self._known = data, (self._asked, *fields)
+        self._latest, self._known = data, (self._asked, *self._latest_fields)
         return self._known
 
     def learn(self, data: bytes, asked: Asked, how: int, sender: Sender) -> None:
         """Remember a request that is nothing but a head, and was taken."""
         cut = data.find(b"\r\n")
         line, fields = data[:cut], data[cut:]
-        if not (line.startswith(b"GET ") and line.endswith(b" HTTP/1.1")):
+        plain = line.startswith(b"GET ") and line.endswith(b" HTTP/1.1")
+        if not plain or len(fields) > _FIELDS_BYTES_MAX:
             return
         lines, key = self._lines, line
         shape = _cut(line)
         if shape is not None and asked.poll.end == MAX_ID:
             lines, key = self._shapes, shape[0]
         self._size += (len(key) + _LINE_BYTES + _CHANNEL_BYTES * len(asked.poll.channels)) * (key not in lines)
-        self._size += (len(fields) + _SENDER_BYTES) * (fields not in self._fields)
+        digest = sha256(fields).digest()
+        self._size += (_SENDER_BYTES + sender.size) * (digest not in self._senders)
         if self._size > _MEMORY_BYTES_MAX:
-            for remembered in (self._lines, self._shapes, self._fields):
+            for remembered in (self._lines, self._shapes, self._senders):
                 remembered.clear()
-            self._latest = self._line = None
+            self._latest = self._line = self._fields = None
             self._size = len(data)
         lines[key] = asked
-        self._fields[fields] = how, sender
+        self._senders[digest] = how, sender
 
     def _recall_shape(self, line: bytes) -> Asked | None:
         """A poll as before, but for its cursor."""

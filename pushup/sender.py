@@ -1,12 +1,14 @@
 """Who sends a request, as far as its header fields say: the same for both sides of a node."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from sys import getsizeof
 from typing import Final
 
 from pushup.origins import Origins
 from pushup.peers import Networks, forwarded_for, peer_key
 
 _BEARER: Final = "bearer "
+_NO_FIELDS: Final[Mapping[str, str]] = {}
 _READ: Final = frozenset((b"authorization", b"cookie", b"host", b"origin", b"x-forwarded-for"))
 
 
@@ -22,7 +24,7 @@ class Sender:
         forwarded: str | None = None,
         *,
         foreign: bool = False,
-        cors: dict[str, str] | None = None,
+        cors: Mapping[str, str] | None = None,
     ) -> None:
         self.key = key
         """The key or token in `Authorization`; empty if there is something else in it."""
@@ -32,9 +34,15 @@ class Sender:
         """The client that a proxy speaks for, by its `peer_key`. To be believed only of a trusted one."""
         self.foreign = foreign
         """Whether a page of an origin that is not allowed has sent it."""
-        self.cors = cors or {}
+        self.cors = cors or _NO_FIELDS
         """Header fields that the answer needs."""
         self.cors_lines = b"".join(b"%b: %b\r\n" % (name.encode(), value.encode()) for name, value in self.cors.items())
+
+    @property
+    def size(self) -> int:
+        """About what it takes, in bytes."""
+        texts = self.key, self.cookies, self.forwarded, self.cors_lines
+        return getsizeof(self) + sum(map(getsizeof, texts)) + 2 * len(self.cors_lines)
 
     def cookie(self, name: str) -> str | None:
         """The first cookie of that name. O(n)."""

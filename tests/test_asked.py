@@ -17,7 +17,7 @@ from pushup.messages import LATEST, MAX_ID
 from pushup.metrics import Metrics
 from pushup.node import Node
 from pushup.realm import Realm
-from pushup.sender import NOBODY
+from pushup.sender import NOBODY, Sender
 from pushup.settings import Settings
 from pushup.wire import find_token, parse_poll_query
 
@@ -126,6 +126,43 @@ def test_other_fields_are_another_request() -> None:
     memory = learned(request(f"channel=a&start={CURSOR}"))
 
     assert memory.recall(request(f"channel=a&start={CURSOR}", "Cookie: a=b")) is None
+
+
+def test_each_client_is_known_by_its_own_fields() -> None:
+    """Whoever asked before it, with the same line or another one."""
+    memory = Memory()
+    requests = [(request(f"channel={name}", f"Cookie: a={name}"), Sender(key=name)) for name in ("a", "b", "c")]
+    for data, sender in requests:
+        memory.learn(data, Asked(REALM, parse_poll_query("channel=a", SETTINGS), None), HOW, sender)
+
+    for data, sender in (*requests, *reversed(requests), *requests[:1] * 2):
+        known = memory.recall(data)
+        assert known is not None
+        assert known[2] is sender
+
+
+def test_fields_are_not_kept() -> None:
+    """A browser has a kilobyte of them."""
+    memory = learned(request("channel=a", f"X-Long: {'x' * 10_000}"))
+
+    assert all(len(key) == 32 for key in memory._senders)
+
+
+@pytest.mark.parametrize("sender", [Sender(key="k" * 9000), Sender(cookies="c" * 9000), Sender(cors={"V": "v" * 9000})])
+def test_what_is_kept_of_fields_counts(sender: Sender) -> None:
+    """Whichever of them is long."""
+    data = request("channel=a")
+    memory = Memory()
+    memory.learn(data, Asked(REALM, parse_poll_query("channel=a", SETTINGS), None), HOW, sender)
+
+    assert memory._size > 9000
+
+
+def test_what_is_far_longer_than_fields_are_is_not_looked_up() -> None:
+    """To have it digested would cost more than it can save."""
+    data = request("channel=a", f"X-Long: {'x' * 20_000}")
+
+    assert learned(data).recall(data) is None
 
 
 @pytest.mark.parametrize(
