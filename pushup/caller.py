@@ -5,6 +5,7 @@ executed is repeated only if that is harmless; otherwise the caller is told the 
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Final
@@ -135,7 +136,8 @@ class Caller:
                 async with asyncio.timeout_at(end):
                     commands = await self.connect()
                     futures = [commands.call(calls[at]) for at in waiting]
-                    await asyncio.wait(futures[-1:])  # Replies come in order, and losing one loses all after it.
+                    with contextlib.suppress(Lost, ErrorReply):  # Each call's own are looked at below.
+                        await futures[-1]  # Replies come in order, and losing one loses all after it.
             except TimeoutError:
                 if commands is not None:
                     commands.end("it does not answer")  # Which fails what waits for a reply.
@@ -193,7 +195,8 @@ def _receipt(reply: Any) -> tuple[Receipt, str] | PushUpError:
 
 def _outcome(future: asyncio.Future[Any], repeatable: bool) -> Any:
     """A reply, or an error that is final. Raises NotExecuted if the call may be repeated."""
-    error = future.exception()
+    # Running out of time cancels the one that is waited for.
+    error = Lost("it does not answer") if future.cancelled() else future.exception()
     if error is None:
         return future.result()
     if isinstance(error, Lost):

@@ -75,6 +75,8 @@ class Link:
         ) as error:  # The last is uvloop's word for a connection that has gone.
             await self._connection.disconnect()
             raise Lost(explain(error), sent=False) from None
+        # redis-py would make a task of every write, to bound it; here whoever waits for the reply does that.
+        self._connection.socket_timeout = None
         self.open = True
         self._tasks = [asyncio.create_task(self._write()), asyncio.create_task(self._read())]
 

@@ -464,17 +464,14 @@ class RedisBroker:
 
     def submit(self, publications: Sequence[Publication], tell: Tell) -> None:
         if not self._outgoing:
-            # On the next turn of the loop, so that all publications of this turn go in one write.
-            asyncio.get_running_loop().call_soon(self._start_publishing)
+            # It begins on the next turn of the loop, so that all publications of this turn go in one write.
+            task = asyncio.get_running_loop().create_task(self._publish())
+            self._publishing.add(task)
+            task.add_done_callback(self._publishing.discard)
         self._outgoing.append((publications, tell))
 
-    def _start_publishing(self) -> None:
+    async def _publish(self) -> None:
         outgoing, self._outgoing = self._outgoing, []
-        task = asyncio.get_running_loop().create_task(self._publish(outgoing))
-        self._publishing.add(task)
-        task.add_done_callback(self._publishing.discard)
-
-    async def _publish(self, outgoing: Sequence[Outgoing]) -> None:
         publications = [publication for some, _ in outgoing for publication in some]
         try:
             replies = iter(await self._confirm(await self._caller.publish(self._seen, publications)))
