@@ -42,7 +42,7 @@ Action = Literal["subscribe", "publish", "manage"]
 class Patterns:
     """A set of channels: names, and beginnings of names that end with a star. `*` alone is all of them."""
 
-    __slots__ = ("_names", "_prefixes")
+    __slots__ = ("_names", "_prefixes", "everything")
 
     def __init__(self, patterns: Iterable[str | int]) -> None:
         """Raises ValueError with a sentence."""
@@ -60,11 +60,8 @@ class Patterns:
                 raise ValueError(f"the channel pattern {pattern!r} is wrong: {error}") from None
         self._names = frozenset(names)
         self._prefixes = tuple(prefixes)
-
-    @property
-    def everything(self) -> bool:
+        self.everything = "" in prefixes
         """Whether no channel is left out."""
-        return "" in self._prefixes
 
     def covers(self, channel: str) -> bool:
         """O(length of the patterns)."""
@@ -109,13 +106,19 @@ class Grant:
     def check(self, action: Action, channels: Sequence[str]) -> None:
         """Raises Forbidden, in the same words whether the channel exists or not."""
         patterns = self._channels.get(action, NONE)
+        if patterns.everything:
+            return
         for channel in channels:
             if not patterns.covers(channel):
                 raise Forbidden(f"these credentials may not {action} here", channel=show_channel(channel))
 
+    def allows_all(self, action: Action) -> bool:
+        """Whether no channel is left out."""
+        return self._channels.get(action, NONE).everything
+
     def check_all(self, action: Action) -> None:
         """The same for what concerns no channel by name. Raises Forbidden."""
-        if not self._channels.get(action, NONE).everything:
+        if not self.allows_all(action):
             raise Forbidden(f"these credentials may not {action} all channels")
 
     def mark(self, publication: Publication) -> Publication:

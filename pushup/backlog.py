@@ -39,15 +39,17 @@ class Backlog:
         """The id of the oldest message kept."""
         return self._messages[0].id if self._messages else None
 
-    def append(self, message: Message) -> None:
-        """Add a message newer than all before it. O(1)."""
-        assert message.id > self.tail
+    def append(self, message: Message) -> int:
+        """Add a message newer than all before it; return how many there are now. O(1)."""
+        id = message.id
+        assert id > self.tail
         messages = self._messages
         if messages:
             messages.append(message)
         else:
-            self._messages = [message]
-        self.tail = message.id
+            messages = self._messages = [message]
+        self.tail = id
+        return len(messages)
 
     def covers(self, start: int) -> bool:
         """Whether a range that begins at `start` can be answered from here alone. O(1)."""

@@ -122,27 +122,30 @@ class MemoryStore:
                 if digest != publication.digest():
                     raise KeyReused(f"key {publication.key!r} was used for a different publication")
                 return Receipt(id, duplicate=True)
-        for name in publication.channels:
-            if name not in self._channels and not self._comes_into_being(name):
+        channels = publication.channels
+        known = self._channels
+        for name in channels:
+            if name not in known and not self._comes_into_being(name):
                 raise ChannelNotFound(show_channel(name))
         size = len(publication.data)
-        if self._bytes + len(publication.channels) * size > self._retention.realm_bytes:
+        if self._bytes + len(channels) * size > self._retention.realm_bytes:
             self._make_room(publication, now)
         id = self._give_id(now)
         if publication.key is not None:
             self._keys[publication.key] = (now + int(self._retention.idempotency * SECOND), publication.digest(), id)
-        message = Message(id, publication.channels, publication.data)
+        message = Message(id, channels, publication.data)
         announcements: list[tuple[str, int]] = []
-        for name in publication.channels:
-            channel = self._channels.get(name) or self._add(name, ChannelOptions(), now)
+        for name in channels:
+            channel = known.get(name) or self._add(name, ChannelOptions(), now)
             backlog = channel.backlog
             if name in self._watched:
                 announcements.append((name, backlog.tail))
-            had = len(backlog)
-            backlog.append(message)
-            self._bytes += size - channel.trim(now)
-            channel.expires = now + int(channel.ttl * SECOND)
-            if not had or channel.expires < channel.looked_at:
+            count = backlog.append(message)
+            self._bytes += size
+            expires = channel.expires = now + int(channel.ttl * SECOND)
+            if count > channel.max_messages or channel.looked_at <= now:
+                self._trim(channel, now)  # Otherwise nothing of it is too old yet.
+            if count == 1 or expires < channel.looked_at:
                 self._look(name, channel)  # Otherwise it had messages, and is due no earlier than before.
         if self.listener is not None:
             for name, prev in announcements:
@@ -202,7 +205,7 @@ class MemoryStore:
             self.close(name)
 
     def _give_id(self, now: int) -> int:
-        id = self.position(now)
+        id = now if now > self.next else self.next
         self.next = id + 1
         return id
 
@@ -330,14 +333,16 @@ class MemoryBroker:
             self._store.unwatch(name)
 
     async def publish(self, publications: Sequence[Publication]) -> Sequence[Receipt | PushUpError]:
-        return [self._publish(publication) for publication in publications]
+        now = self._clock()  # Once: the rest of an array is stored within microseconds, and ids go on by themselves.
+        return [self._publish(publication, now) for publication in publications]
 
     def submit(self, publications: Sequence[Publication], tell: Tell) -> None:
-        tell([self._publish(publication) for publication in publications])
+        now = self._clock()
+        tell([self._publish(publication, now) for publication in publications])
 
-    def _publish(self, publication: Publication) -> Receipt | PushUpError:
+    def _publish(self, publication: Publication, now: int) -> Receipt | PushUpError:
         try:
-            return self._store.publish(publication, self._clock())
+            return self._store.publish(publication, now)
         except PushUpError as error:
             return error
 

@@ -27,7 +27,11 @@ KEY_LENGTH_MAX: Final = 255
 NESTING_MAX: Final = 100
 """How many arrays and objects of a message's data may be in one another. Receivers' parsers have limits, too."""
 
+SHORT_BYTES: Final = 2 * NESTING_MAX
+"""A JSON text up to here cannot nest too deep."""
+
 _INTEGER = re.compile(r"[0-9]+\Z")
+_NO_NAMES: Final = frozenset(("", ".", ".."))
 
 
 def parse_channel(name: str | int) -> str:
@@ -44,7 +48,7 @@ def parse_channel(name: str | int) -> str:
         and name.isprintable()
         and len(name) <= MAX_NAME_BYTES
         and not name.isdigit()
-        and name not in ("", ".", "..")
+        and name not in _NO_NAMES
     ):
         return name  # As most are. The rest says what is wrong with others.
     if _INTEGER.match(name):
@@ -64,6 +68,21 @@ def parse_channel(name: str | int) -> str:
     return name
 
 
+def are_plain(names: Sequence[Any]) -> bool:
+    """Whether all these are channels' names that `parse_channel` would not touch, as most are. All in one look."""
+    try:
+        text = "".join(names)
+    except TypeError:
+        return False  # Not all are text.
+    return (
+        text.isascii()
+        and text.isprintable()
+        and _NO_NAMES.isdisjoint(names)
+        and not any(map(str.isdigit, names))
+        and max(map(len, names), default=0) <= MAX_NAME_BYTES
+    )
+
+
 def is_integer(name: str) -> bool:
     """Whether a parsed name is that of an integer channel: one handed out by *create*."""
     return _INTEGER.match(name) is not None
@@ -76,7 +95,7 @@ def show_channel(name: str) -> str | int:
 
 def nests_too_deep(text: bytes, value: Any) -> bool:
     """Whether a JSON text, and the value it was decoded to, nest more than NESTING_MAX levels. O(n)."""
-    if len(text) <= 2 * NESTING_MAX or text.count(b"[") + text.count(b"{") <= NESTING_MAX:
+    if len(text) <= SHORT_BYTES or text.count(b"[") + text.count(b"{") <= NESTING_MAX:
         return False
     containers: list[Any] = [[value]]
     for _ in range(NESTING_MAX + 1):
@@ -205,7 +224,7 @@ class Answer:
         return self._parts
 
 
-class Publication(msgspec.Struct, frozen=True):
+class Publication(msgspec.Struct, frozen=True, gc=False):
     """One message on its way to one or more channels (distinct). `data` is JSON text; `key` makes retries safe."""
 
     channels: tuple[str, ...]
@@ -217,7 +236,7 @@ class Publication(msgspec.Struct, frozen=True):
         return hashlib.blake2b(repr(self.channels).encode() + self.data, digest_size=16).digest()
 
 
-class Receipt(msgspec.Struct, frozen=True):
+class Receipt(msgspec.Struct, frozen=True, omit_defaults=True):
     """The broker has the message under this id. `duplicate`: an earlier publication with the same key had stored it."""
 
     id: int

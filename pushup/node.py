@@ -165,13 +165,15 @@ class Node:
         self.broker.submit(publications, lambda results: tell(self._count_results(results)))
 
     def _count_results(self, results: Sequence[Receipt | PushUpError]) -> Sequence[Receipt | PushUpError]:
+        stored = [result for result in results if type(result) is Receipt and not result.duplicate]
+        self.metrics.publications += len(stored)
+        if len(stored) == len(results):
+            return results
         for result in results:
             if isinstance(result, PushUpError):
                 self.metrics.publications_refused += 1
             elif result.duplicate:
                 self.metrics.publications_duplicate += 1
-            else:
-                self.metrics.publications += 1
         return results
 
     # The broker's listener

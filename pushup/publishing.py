@@ -1,6 +1,7 @@
 """Publications over HTTP, the same for both sides of a node: what a request's body orders, and what is said of it."""
 
 from collections.abc import Sequence
+from typing import Final
 
 import msgspec
 
@@ -9,6 +10,8 @@ from pushup.errors import InvalidRequest, PushUpError
 from pushup.messages import Publication, Receipt
 from pushup.realm import Realm
 from pushup.wire import is_batch, parse_publication, parse_publications, show_receipt
+
+_receipts: Final = msgspec.json.Encoder(enc_hook=show_receipt)
 
 
 class Order(msgspec.Struct, frozen=True):
@@ -29,11 +32,11 @@ class Order(msgspec.Struct, frozen=True):
                 raise result
             if not result.duplicate:
                 return b'{"id":%d}' % result.id  # What follows would say the same, and takes longer.
-            return msgspec.json.encode(show_receipt(result))
+            return _receipts.encode(result)
+        if len(results) == len(self.items):
+            return _receipts.encode(results)
         rest = iter(results)
-        return msgspec.json.encode(
-            [show_receipt(item if isinstance(item, PushUpError) else next(rest)) for item in self.items]
-        )
+        return _receipts.encode([item if isinstance(item, PushUpError) else next(rest) for item in self.items])
 
 
 def read_order(realm: Realm, grant: Grant, body: bytes, keys: Sequence[str]) -> Order:
@@ -47,9 +50,11 @@ def read_order(realm: Realm, grant: Grant, body: bytes, keys: Sequence[str]) -> 
         return Order([grant.mark(publication)], None)
     if keys:
         raise InvalidRequest("an array of publications has a key in each item, not an Idempotency-Key header")
-    items = [_checked(grant, item) for item in parse_publications(body, realm.settings)]
+    items = parse_publications(body, realm.settings)
+    if grant.token or not grant.allows_all("publish"):
+        items = [_checked(grant, item) for item in items]
     realm.charge(grant, len(items))
-    return Order([item for item in items if not isinstance(item, PushUpError)], items)
+    return Order([item for item in items if type(item) is Publication], items)
 
 
 def _checked(grant: Grant, item: Publication | PushUpError) -> Publication | PushUpError:

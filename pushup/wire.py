@@ -6,7 +6,7 @@ InvalidRequest with a sentence that names it. A member that is left out takes it
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Final, NamedTuple, TypeVar
 from urllib.parse import unquote_to_bytes
 
@@ -19,11 +19,13 @@ from pushup.messages import (
     LATEST,
     MAX_ID,
     NESTING_MAX,
+    SHORT_BYTES,
     ChannelInfo,
     ChannelOptions,
     Poll,
     Publication,
     Receipt,
+    are_plain,
     is_integer,
     nests_too_deep,
     parse_channel,
@@ -78,8 +80,8 @@ class _PollBody(msgspec.Struct, forbid_unknown_fields=True):
     timeout: _Seconds | UnsetType = UNSET
 
 
-class _PublicationBody(msgspec.Struct, forbid_unknown_fields=True):
-    channels: list[str | int]
+class _PublicationBody(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    channels: tuple[str | int, ...]
     data: Raw
     key: str | UnsetType = UNSET
 
@@ -125,6 +127,7 @@ _frame_ref = msgspec.json.Decoder(_FrameRef)
 _frame_body = msgspec.json.Decoder(_FrameBody)
 _poll_body = msgspec.json.Decoder(_PollBody)
 _publication_body = msgspec.json.Decoder(_PublicationBody)
+_publication_list = msgspec.json.Decoder(list[_PublicationBody])
 _raw_list = msgspec.json.Decoder(list[Raw])
 _channel_body = msgspec.json.Decoder(_ChannelBody)
 _renew_body = msgspec.json.Decoder(_RenewBody)
@@ -343,7 +346,10 @@ def is_batch(body: bytes) -> bool:
 
 def parse_publication(body: bytes, settings: Settings, key: str | None = None) -> Publication:
     """A publication from a JSON object: `{"channels":["a"],"data":…,"key":"…"}`; `key` is the one a header gave."""
-    fields: _PublicationBody = _decode(_publication_body, body, "publication")
+    return _publication(_decode(_publication_body, body, "publication"), settings, key)
+
+
+def _publication(fields: _PublicationBody, settings: Settings, key: str | None = None) -> Publication:
     if not fields.channels:
         raise InvalidParameter("channels", "a publication names at least one channel")
     if len(fields.channels) > settings.publish_channels_max:
@@ -386,16 +392,43 @@ def _key(member: str | UnsetType, header: str | None) -> str | None:
 
 def parse_publications(body: bytes, settings: Settings) -> list[Publication | PushUpError]:
     """The items of a JSON array of publications; an item that is wrong is its error, and spoils no other."""
-    items: list[Raw] = _decode(_raw_list, body, "list of publications")
+    items: Any
+    try:
+        items = _publication_list.decode(body)
+        values = [_anything.decode(item.data) for item in items]  # Raw leaves strings and numbers unchecked.
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        items = _decode(_raw_list, body, "list of publications")
+        _check_batch(items, settings)
+        return [_try(parse_publication, bytes(item), settings) for item in items]
+    _check_batch(items, settings)
+    parsed: list[Publication | PushUpError] = []
+    size_max = settings.message_bytes_max
+    plain = b"\n" not in body and b"\r" not in body and are_plain([name for item in items for name in item.channels])
+    for item, value in zip(items, values, strict=True):
+        data = bytes(item.data)
+        if (
+            plain
+            and item.key is UNSET
+            and len(item.channels) == 1
+            and len(data) <= size_max
+            and not (len(data) > SHORT_BYTES and nests_too_deep(data, value))
+        ):
+            parsed.append(Publication(item.channels, data))
+        else:
+            parsed.append(_try(_publication, item, settings))
+    return parsed
+
+
+def _check_batch(items: Sequence[object], settings: Settings) -> None:
     if len(items) > settings.publish_batch_max:
         raise TooLarge(f"the array has {len(items)} publications; the limit is {settings.publish_batch_max}")
-    parsed: list[Publication | PushUpError] = []
-    for item in items:
-        try:
-            parsed.append(parse_publication(bytes(item), settings))
-        except PushUpError as error:
-            parsed.append(error)
-    return parsed
+
+
+def _try(parse: Callable[[_T, Settings], Publication], item: _T, settings: Settings) -> Publication | PushUpError:
+    try:
+        return parse(item, settings)
+    except PushUpError as error:
+        return error
 
 
 def parse_channel_options(body: bytes) -> tuple[str | None, ChannelOptions]:

@@ -8,7 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pushup.errors import InvalidParameter
-from pushup.messages import MAX_ID, Answer, Message, Poll, Publication, is_integer, parse_channel, show_channel
+from pushup.messages import (
+    MAX_ID,
+    Answer,
+    Message,
+    Poll,
+    Publication,
+    are_plain,
+    is_integer,
+    parse_channel,
+    show_channel,
+)
 
 INTEGER = f"an integer channel lies between 1 and {MAX_ID}"
 DIGITS = f"a name of digits only is an integer channel, between 1 and {MAX_ID}"
@@ -284,3 +294,12 @@ def test_reprs_say_what_is_inside() -> None:
     """A failing test or a log shows the values."""
     assert repr(Poll(("a",), 0, 5, 1.0)) == "Poll(('a',), 0, 5, 1.0)"
     assert repr(Message(7, ("a",), b"1")) == "Message(7, ('a',), b'1')"
+
+
+@given(st.lists(st.one_of(st.text(max_size=3), st.sampled_from(["", ".", "..", "12", "n" * 255, "n" * 256, 12]))))
+def test_plain_names_are_channels_as_they_are(names: list[Any]) -> None:
+    """What the look at all of them lets pass, the look at each does not touch."""
+    if are_plain(names):
+        assert [parse_channel(name) for name in names] == names
+    elif all(isinstance(name, str) and name.isalpha() and name.isascii() and len(name) <= 255 for name in names):
+        pytest.fail("these are plain")

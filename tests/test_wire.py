@@ -642,6 +642,44 @@ class TestPublication:
             assert b"\n" not in body
 
 
+def _parsed(item: bytes, limited: Settings) -> Any:
+    try:
+        return parse_publication(item, limited)
+    except PushUpError as error:
+        return said(error)
+
+
+_NAMES = st.sampled_from(
+    [
+        b'"a"',
+        b'"b c"',
+        b'""',
+        b'"."',
+        b'"12"',
+        b'"007"',
+        b"12",
+        b"0",
+        b"true",
+        b'"\xc3\xa9"',
+        b'"\\u0001"',
+        b'"\xc2\xb2"',
+    ]
+    + [b'"%b"' % (b"n" * length) for length in (255, 256)]
+)
+_ITEMS = st.one_of(
+    st.builds(
+        lambda names, data, key: b'{"channels":[%b],"data":%b%b}' % (b",".join(names), data, key),
+        st.one_of(st.just([b'"a"']), st.lists(_NAMES, max_size=3)),
+        st.sampled_from(
+            [b"1", b"1e999", b'"\xc3\xa9"', b'{"x":\n1}', b"[" * 101 + b"]" * 101, b"[" * 120 + b"]" * 120]
+            + [b'"%b"' % (b"x" * length) for length in (297, 298, 299)]
+        ),
+        st.sampled_from([b"", b"", b',"key":"k"', b',"key":""', b',"key":1', b',"more":1']),
+    ),
+    st.sampled_from([b"1", b"[]", b'{"channels":["a"]}', b'{"data":1}']),
+)
+
+
 class TestPublications:
     def test_an_array_is_a_batch(self) -> None:
         """The first character that is not a blank decides."""
@@ -669,6 +707,18 @@ class TestPublications:
             ("invalid_request", None, "the publication is not a JSON object"),
             ("too_large", None, "data is 12 bytes of JSON; the limit is 11"),
         ]
+
+    @given(st.lists(_ITEMS, max_size=6), st.booleans())
+    @settings(deadline=None)
+    def test_an_item_is_taken_as_it_would_be_alone(self, items: list[bytes], pretty: bool) -> None:
+        """Whatever is beside it."""
+        limited = Settings(message_bytes_max=300, publish_channels_max=2)
+        body = (b"[\n%b\n]" if pretty else b"[%b]") % b",".join(items)
+
+        alone = [_parsed(item, limited) for item in items]
+
+        taken = parse_publications(body, limited)
+        assert [said(item) if isinstance(item, PushUpError) else item for item in taken] == alone
 
     def test_no_items(self) -> None:
         """An empty array publishes nothing."""
