@@ -14,7 +14,7 @@ Three rules keep the promise:
 
 import heapq
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Final, Protocol
 
 import msgspec
@@ -45,10 +45,11 @@ class Owner(Protocol):
     def fail(self, error: PushUpError) -> None: ...
 
 
-class Subscription(msgspec.Struct, eq=False):
+class Subscription(msgspec.Struct, eq=False, gc=False):
     """One poll that waits here, until the deadline `tick` (in ticks of the hub's clock).
 
     `unknown` counts its channels that are not known up to date; it stays silent while there are any.
+    The garbage collector does not look at it (`gc`): who ends it takes it out of everything that refers to it.
     """
 
     channels: tuple["Channel", ...]
@@ -63,22 +64,26 @@ class Subscription(msgspec.Struct, eq=False):
     """If it asked for news from now on: an id not later than now. `start` is an estimate until all are known."""
 
 
-Waiting = tuple[()] | tuple[Subscription] | dict[Subscription, None]
-"""Subscriptions in the order they came; one takes a quarter of the memory of a dict."""
+Waiting = tuple[()] | Subscription | dict[Subscription, None]
+"""Subscriptions in the order they came. One is there without a container, as many channels have just one."""
+
+
+def _each(waiting: Waiting) -> Collection[Subscription]:
+    return (waiting,) if isinstance(waiting, Subscription) else waiting
 
 
 def _add(waiting: Waiting, subscription: Subscription) -> Waiting:
     if isinstance(waiting, dict):
         waiting[subscription] = None
         return waiting
-    return {waiting[0]: None, subscription: None} if waiting else (subscription,)
+    return {waiting: None, subscription: None} if waiting else subscription
 
 
 def _discard(waiting: Waiting, subscription: Subscription) -> Waiting:
     if isinstance(waiting, dict):
         waiting.pop(subscription, None)
         return waiting or ()
-    return () if subscription in waiting else waiting
+    return () if waiting is subscription else waiting
 
 
 class Channel:
@@ -276,7 +281,7 @@ class Hub:
 
     def leave(self, subscription: Subscription, now: float) -> bool:
         """The client has gone. False, and nothing done, if the subscription was answered before. O(its channels)."""
-        if subscription not in subscription.channels[0].parked:
+        if subscription not in _each(subscription.channels[0].parked):
             return False
         self._remove((subscription,), now)
         return True
@@ -325,9 +330,9 @@ class Hub:
         ready = []
         if channel.backlog.tail > had.tail:
             # Read ahead of its announcement, which will not be news any more when it comes.
-            ready = [subscription for subscription in channel.parked if not subscription.unknown]
+            ready = [subscription for subscription in _each(channel.parked) if not subscription.unknown]
         waited, channel.unsure = channel.unsure, ()
-        for subscription in waited:
+        for subscription in _each(waited):
             ahead = subscription.latest and subscription.start > history.position
             if ahead and channel.name in self.wanted:
                 # It may have come after this read; the next one will tell.
@@ -373,7 +378,7 @@ class Hub:
                 # This node's own limit, not the channel's: the broker still has what was dropped here.
                 backlog.whole = False
             if message.id <= channel.blind[1]:
-                return [*replies, *self._settle([s for s in channel.parked if not s.unknown], now)]
+                return [*replies, *self._settle([s for s in _each(channel.parked) if not s.unknown], now)]
             if channel.parked:
                 return [*replies, *self._answer_message(channel, message, now)]
         return replies
@@ -383,7 +388,7 @@ class Hub:
         channel = self._channels.get(name)
         if channel is None:
             return ()
-        replies = self._end(list(channel.parked), "closed", now, closed=name)
+        replies = self._end(list(_each(channel.parked)), "closed", now, closed=name)
         self._forget(channel)
         return replies
 
@@ -396,7 +401,7 @@ class Hub:
         if not self.holds(read):
             return ()
         self.wanted.pop(read.channel.name, None)
-        failed = list(read.channel.unsure)
+        failed = list(_each(read.channel.unsure))
         self._remove(failed, now)
         return failed
 
@@ -427,7 +432,7 @@ class Hub:
 
     def drain(self, subscriptions: Iterable[Subscription], now: float) -> Replies:
         """End those of these polls that still wait, before their time. O(their number)."""
-        return self._end([s for s in subscriptions if s in s.channels[0].parked], "drain", now)
+        return self._end([s for s in subscriptions if s in _each(s.channels[0].parked)], "drain", now)
 
     def forget_idle(self, now: float) -> list[str]:
         """Forget channels that nobody has waited for since `linger` seconds; their names. O(their number)."""
@@ -453,9 +458,9 @@ class Hub:
         Name, polls, messages; a channel may be in both. O(channels).
         """
         found: list[Channel] = []
-        for measure in (lambda channel: len(channel.parked), lambda channel: len(channel.backlog)):
+        for measure in (lambda channel: len(_each(channel.parked)), lambda channel: len(channel.backlog)):
             found += heapq.nlargest(count, self._channels.values(), key=measure)
-        return [(channel.name, len(channel.parked), len(channel.backlog)) for channel in found]
+        return [(channel.name, len(_each(channel.parked)), len(channel.backlog)) for channel in found]
 
     def _open(self, name: str) -> Channel:
         channel = self._channels[name] = Channel(name)
@@ -493,12 +498,15 @@ class Hub:
         for subscription in subscriptions:
             bucket = ticks.get(subscription.tick)
             if bucket is not None:
-                bucket[1].pop(subscription, None)
+                waiting = bucket[1]
+                waiting.pop(subscription, None)
+                if not waiting:
+                    waiting.clear()  # Until its tick comes, it would take as much memory as ever.
             for channel in subscription.channels:
                 parked = channel.parked
                 if type(parked) is dict and len(parked) > 1:
                     parked.pop(subscription, None)
-                elif subscription in parked:
+                elif parked is subscription or (type(parked) is dict and subscription in parked):
                     channel.parked = ()
                     self._idle[channel] = now
                 if subscription.unknown:
@@ -519,7 +527,7 @@ class Hub:
         # What is here stays true: reading on from the tail is enough, unless somebody waits for older messages.
         self._want(channel, channel.backlog.tail + 1)
         channel.early = ()
-        for subscription in [s for s in channel.parked if s not in channel.unsure]:
+        for subscription in [s for s in _each(channel.parked) if s not in _each(channel.unsure)]:
             self._silence(subscription, channel)
 
     def _trim(self, channel: Channel, count: int) -> None:
@@ -630,7 +638,8 @@ class Hub:
     def _answer_message(self, channel: Channel, message: Message, now: float) -> Replies:
         """Group the polls that wait for this message by what they are shown of it, which is one group as a rule."""
         id = message.id
-        ready = [s for s in channel.parked if not s.unknown and s.start <= id <= s.end]
+        parked = _each(channel.parked)
+        ready = [s for s in parked if not s.unknown and s.start <= id <= s.end]
         groups: dict[tuple[str, ...], list[Subscription]] = {}
         if len(message.channels) == 1:
             groups[message.channels] = ready
@@ -639,7 +648,7 @@ class Hub:
             for subscription in ready:
                 shown = tuple([c.name for c in subscription.channels if c.name in published_to])
                 groups.setdefault(shown, []).append(subscription)
-        if len(ready) == len(channel.parked):
+        if len(ready) == len(parked):
             channel.parked = ()  # All at once rather than one by one.
             self._idle[channel] = now
         self._remove(ready, now)

@@ -159,6 +159,7 @@ class MemoryStore:
         elif name in self._channels:
             raise ChannelExists(show_channel(name))
         channel = self._add(name, options, now)
+        self._look(name, channel)
         if name in self._watched and self.listener is not None:
             # Who watched the name before it was a channel took it to have the defaults.
             self.listener.on_doubt([name])
@@ -252,10 +253,10 @@ class MemoryStore:
         return channel
 
     def _add(self, name: str, options: ChannelOptions, now: int) -> _Channel:
+        """A new channel, still to be looked at."""
         tail = self._closed.pop(name, 0)
         channel = _Channel(Backlog(max(tail + 1, self._floor), tail), options, self._retention, now)
         self._channels[name] = channel
-        self._look(name, channel)
         return channel
 
     def _look(self, name: str, channel: _Channel) -> None:
