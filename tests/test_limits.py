@@ -649,7 +649,7 @@ async def test_connections_per_address_max_is_freed(last: str, vanishes: bool, d
                     client.writer.close()
             await eventually(lambda: len(server.service.peers) == 0, f"{last} frees its place")
         await eventually(nobody_is_here(server), "nobody is here")
-        assert server.node.parked == 0
+        await eventually(lambda: server.node.parked == 0, "no poll is left")
 
 
 async def test_connections_per_address_max_refused_on_the_web_side_too(door: Door) -> None:
