@@ -20,6 +20,7 @@ from typing import Final, NamedTuple, Self
 
 from loadtest.dialects import PushUpDialect, WrongAnswer, make_payload, parse_response
 from loadtest.fleet import RESET_ON_CLOSE, FleetError
+from loadtest.machine import wait_for_events
 
 CONNECT_S: Final = 10.0
 RECONNECT_S: Final = 1.0
@@ -225,7 +226,7 @@ class Audience:
 
     def _turn(self, phase: Phase | None, until: int) -> None:
         now = time.monotonic_ns()
-        for descriptor, _ in self._epoll.poll(max(until - now, 0) / 1e9, 512):
+        for descriptor, _ in wait_for_events(self._epoll, until - now, 512):
             holder = self._holders.get(descriptor)
             if holder is None:
                 continue

@@ -18,6 +18,7 @@ from typing import Final, NamedTuple, Self
 
 from loadtest.dialects import PushUpDialect, WrongAnswer, make_payload, parse_response
 from loadtest.fleet import RESET_ON_CLOSE, FleetError
+from loadtest.machine import wait_for_events
 
 READ_BYTES: Final = 65536
 EVENTS: Final = 512
@@ -188,7 +189,7 @@ class Herd:
                 now = time.monotonic_ns()
                 continue
             wake = until_ns if job is None else min(job[0], until_ns)
-            events = self._epoll.poll((wake - now) / 1e9, EVENTS)
+            events = wait_for_events(self._epoll, wake - now, EVENTS)
             woke = time.monotonic_ns()
             for descriptor, _ in events:
                 self._read(descriptor)

@@ -12,6 +12,7 @@ from loadtest.crowds import QUICK_ROUNDS, ROUNDS
 from loadtest.dialects import WrongAnswer, make_payload, parse_response
 from loadtest.fleet import RESET_ON_CLOSE, FleetError
 from loadtest.ledger import Ledger
+from loadtest.machine import wait_for_events
 from loadtest.results import Medians, Target, Values, percentile, percentiles_ms
 from loadtest.scenario import Bench, Case, Parameters, Samples, Scenario, comparison
 from loadtest.servers import NchanRedis, PushUpRedis, Server
@@ -104,7 +105,7 @@ class OpenLoop:
         """Deal with what comes, until then or, at least once, a little longer."""
         while True:
             wait = until - time.monotonic_ns()
-            for descriptor, _ in self._epoll.poll(max(wait, 0) / 1e9, 512):
+            for descriptor, _ in wait_for_events(self._epoll, wait, 512):
                 poller = self._pollers.get(descriptor)
                 try:
                     if poller is not None:

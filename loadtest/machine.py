@@ -4,6 +4,7 @@ import os
 import platform
 import re
 import resource
+import select
 import subprocess
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -49,6 +50,18 @@ def on_cores(cores: frozenset[int]) -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, mine)
+
+
+def wait_for_events(epoll: select.epoll, patience_ns: int, most: int) -> list[tuple[int, int]]:
+    """What has come, up to `most` events; waits so long for the first, not up to a millisecond longer as epoll does.
+
+    The epoll's own descriptor must be below 1,024.
+    """
+    events = epoll.poll(0, most)
+    if events or patience_ns <= 0:
+        return events
+    select.select((epoll,), (), (), patience_ns / 1e9)
+    return epoll.poll(0, most)
 
 
 class Memory(NamedTuple):

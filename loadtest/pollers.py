@@ -22,6 +22,7 @@ import msgspec
 
 from loadtest.dialects import PushUpDialect, WrongAnswer, make_payload, parse_response
 from loadtest.fleet import CONNECT_BURST, RESET_ON_CLOSE
+from loadtest.machine import wait_for_events
 from loadtest.measures import NO_TRAFFIC, Traffic, read_traffic
 
 READ_BYTES: Final = 8192
@@ -312,7 +313,7 @@ class Pollers:
 
     def _look(self, patience_ns: int) -> None:
         """Handle what has come; wait for something so long."""
-        for descriptor, _ in self._epoll.poll(max(patience_ns, 0) / 1e9, 4096):
+        for descriptor, _ in wait_for_events(self._epoll, patience_ns, 4096):
             poller = self._pollers.get(descriptor)
             if poller is not None:
                 self._hear(poller)

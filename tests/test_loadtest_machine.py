@@ -1,8 +1,22 @@
 """How the kernel's files are read."""
 
 import os
+import select
+import socket
+import threading
 
-from loadtest.machine import Cores, Memory, Ran, Stat, family, parse_memory, parse_stat, plan_cores, ran
+from loadtest.machine import (
+    Cores,
+    Memory,
+    Ran,
+    Stat,
+    family,
+    parse_memory,
+    parse_stat,
+    plan_cores,
+    ran,
+    wait_for_events,
+)
 
 ROLLUP = """\
 55c0c5f3c000-7ffe10dcc000 ---p 00000000 00:00 0                          [rollup]
@@ -47,3 +61,19 @@ def test_this_process_has_run_and_is_of_its_own_family() -> None:
     assert ran((os.getpid(),)).cpu > 0
     assert Ran(5, 3) - Ran(2, 1) == Ran(3, 2)
     assert os.getpid() in family(os.getppid())
+
+
+def test_events_are_waited_for() -> None:
+    """What has come is told at once, and so is what comes in time; otherwise nothing, once the time is up."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs, select.epoll() as epoll:
+        epoll.register(ours, select.EPOLLIN)
+        nothing = wait_for_events(epoll, 200_000, 9)
+        later = threading.Timer(0.01, theirs.send, (b"x",))
+        later.start()
+        came = wait_for_events(epoll, 60_000_000_000, 9)
+        later.join()
+        is_there = wait_for_events(epoll, 0, 9)
+
+        assert nothing == []
+        assert came == is_there == [(ours.fileno(), select.EPOLLIN)]
