@@ -14,7 +14,7 @@ from loadtest.machine import Ran, kernel_bytes
 from loadtest.pushpin import Pushpin
 from loadtest.results import OURS, Medians, Target, Values, percentile, percentiles_ms
 from loadtest.scenario import Bench, Case, Parameters, Samples, Scenario, comparison
-from loadtest.servers import Floor, Nchan, NchanRedis, PushUp, PushUpRedis, Server
+from loadtest.servers import Floor, FloorRedis, Nchan, NchanRedis, PushUp, PushUpRedis, Server
 
 ROUNDS: Final = 5
 QUICK_ROUNDS: Final = 1
@@ -409,7 +409,7 @@ def scenarios(*, quick: bool) -> tuple[Scenario, ...]:
         comparison(
             "fanout-redis",
             f"{audience['polls']:,} polls of one channel, spread over two nodes over Redis: what does each cost?",
-            (Case(_STEPWISE, audience, measure_fan_out, _OVER_REDIS),),
+            (Case(_STEPWISE, audience, measure_fan_out, (*_OVER_REDIS, FloorRedis)),),
             (
                 Target(
                     "CPU of the nodes per delivery and to park again ≤ 0.5 × that of Nchan over Redis",
@@ -430,7 +430,7 @@ def scenarios(*, quick: bool) -> tuple[Scenario, ...]:
         ),
         comparison(
             "floor",
-            "The fan-out by a uvloop protocol that parses nothing: how much of the cost is not ours to save?",
+            "The fan-out by a uvloop protocol that looks at nothing: how much of the cost is not ours to save?",
             (Case(_STEPWISE, audience, measure_fan_out, (PushUp, Floor)),),
             rounds=min(rounds, SIDE_ROUNDS),
         ),
@@ -508,8 +508,8 @@ def _publish(rounds: int, *, quick: bool) -> Scenario:
         f"Publications to {quiet['channels']} channels nobody polls, over {quiet['publishers']} connections: "
         "how many, and what does each cost?",
         (
-            Case(_SINGLY, {**quiet, "batch": 1}, measure_publishing),
-            Case(_ARRAYS, {**quiet, "batch": BATCH}, measure_publishing, (PushUp,)),
+            Case(_SINGLY, {**quiet, "batch": 1}, measure_publishing, (PushUp, Nchan, Floor)),
+            Case(_ARRAYS, {**quiet, "batch": BATCH}, measure_publishing, (PushUp, Floor)),
             # Pushpin closes the connection after each request, and a connection's port rests for a minute.
             Case(f"{_SINGLY}, a connection each", {**slowly, "batch": 1}, measure_publishing, (Pushpin,)),
             Case(f"{_ARRAYS}, a connection each", {**quiet, "batch": BATCH}, measure_publishing, (Pushpin,)),

@@ -15,7 +15,7 @@ from loadtest.ledger import Ledger
 from loadtest.machine import wait_for_events
 from loadtest.results import Medians, Target, Values, percentile, percentiles_ms
 from loadtest.scenario import Bench, Case, Parameters, Samples, Scenario, comparison
-from loadtest.servers import NchanRedis, PushUpRedis, Server
+from loadtest.servers import FloorRedis, NchanRedis, PushUpRedis, Server
 
 READ_BYTES: Final = 65536
 KNOWN_ANSWERS_MAX: Final = 1024
@@ -258,7 +258,7 @@ def scenarios(*, quick: bool) -> tuple[Scenario, ...]:
             "latency-redis",
             f"{parameters['polls']:,} polls of {parameters['channels']} channels at two nodes over Redis, publications "
             "on a schedule: how long from when one was due to each delivery?",
-            (Case(case, parameters, measure, (PushUpRedis, NchanRedis)),),
+            (Case(case, parameters, measure, (PushUpRedis, NchanRedis, FloorRedis)),),
             (_ratio(case, "latency_p99_ms"),),
             rounds=QUICK_ROUNDS if quick else ROUNDS,
             pinned=False,

@@ -375,8 +375,8 @@ class PushUpRedis(PushUp):
         return {**super().versions(), "redis": redis_version()}
 
 
-class Floor(OneProcess):
-    """A uvloop protocol that parses nothing (`loadtest.floor`): what kernel and event loop cost by themselves."""
+class Floor(Server):
+    """A uvloop protocol that decodes what is published and nothing else (`loadtest.floor`): what cannot be saved."""
 
     name = "Floor"
 
@@ -386,16 +386,31 @@ class Floor(OneProcess):
 
     @classmethod
     def versions(cls) -> Mapping[str, str]:
-        return {"uvloop": version("uvloop")}
+        return {"uvloop": version("uvloop"), "msgspec": version("msgspec")}
 
     def parked(self) -> int:
-        return int(get(self.address, "/parked")[1])
+        return sum(int(get(address, "/parked")[1]) for address in self.addresses)
 
-    def _command(self) -> Sequence[str]:
-        return [sys.executable, "-m", "loadtest.floor", str(self.address[1])]
+    def _make_node(self, name: str, port: int) -> Process:
+        return Process(self._directory, name, f"{HOST}:{port}")
 
-    def _ready(self) -> bool:
-        return get(self.address, "/parked")[0] == 200
+    def _start_node(self, node: Process) -> None:
+        port = int(node.address.rpartition(":")[2])
+        redis = [str(self.redis_address[1])] if self.over_redis else []
+        node.launch([sys.executable, "-m", "loadtest.floor", str(port), *redis], ROOT)
+        node.expect(lambda: get((HOST, port), "/parked")[0] == 200, START_S)
+
+
+class FloorRedis(Floor):
+    """Two of them that relay through one Redis and keep nothing."""
+
+    name = "Floor over Redis"
+    nodes = NODES
+    over_redis = True
+
+    @classmethod
+    def versions(cls) -> Mapping[str, str]:
+        return {**super().versions(), "hiredis": version("hiredis"), "redis": redis_version()}
 
 
 class Nchan(Server):

@@ -12,7 +12,7 @@ from loadtest.dialects import make_payload
 from loadtest.fleet import Fleet, Publication
 from loadtest.machine import Cores
 from loadtest.pushpin import Pushpin
-from loadtest.servers import Floor, Nchan, NchanRedis, PushUp, PushUpRedis, Server, ServerError, get
+from loadtest.servers import Floor, FloorRedis, Nchan, NchanRedis, PushUp, PushUpRedis, Server, ServerError, get
 
 CORES = Cores(frozenset(os.sched_getaffinity(0)), frozenset(os.sched_getaffinity(0)))
 POLLS = 10
@@ -87,6 +87,15 @@ def test_nodes_over_redis_tell_each_other_also_after_one_was_killed(kind: type[S
         pids = (*server.pids, *server.redis_pids)
 
     assert not any(Path(f"/proc/{pid}/exe").exists() for pid in pids)
+
+
+def test_the_floor_relays_over_redis() -> None:
+    with present(FloorRedis)(CORES, 512) as server, fleet_of(server) as fleet:
+        fleet.add_publishers(1)
+        fleet.add_pollers([("a",)] * POLLS)
+        deliver(server, fleet, 1)
+
+        assert len(server.addresses) == len(server.pids) == 2
 
 
 def test_redis_comes_back_with_what_it_had() -> None:
