@@ -45,11 +45,10 @@ class Owner(Protocol):
     def fail(self, error: PushUpError) -> None: ...
 
 
-class Subscription(msgspec.Struct, eq=False, gc=False):
+class Subscription(msgspec.Struct, eq=False):
     """One poll that waits here, until the deadline `tick` (in ticks of the hub's clock).
 
     `unknown` counts its channels that are not known up to date; it stays silent while there are any.
-    The garbage collector does not look at it (`gc`): who ends it takes it out of everything that refers to it.
     """
 
     channels: tuple["Channel", ...]

@@ -61,6 +61,8 @@ class Link:
         self._ended = ended
         self._outgoing: list[Call] = []
         self._wake = asyncio.Event()
+        self._patience: float | None = None
+        """How long a write may take, s."""
         self._tasks: list[asyncio.Task[None]] = []
         self.open = False
 
@@ -75,8 +77,8 @@ class Link:
         ) as error:  # The last is uvloop's word for a connection that has gone.
             await self._connection.disconnect()
             raise Lost(explain(error), sent=False) from None
-        # redis-py would make a task of every write, to bound it; here whoever waits for the reply does that.
-        self._connection.socket_timeout = None
+        # redis-py would make a task of every write, to bound it.
+        self._patience, self._connection.socket_timeout = self._connection.socket_timeout, None
         self.open = True
         self._tasks = [asyncio.create_task(self._write()), asyncio.create_task(self._read())]
 
@@ -108,7 +110,10 @@ class Link:
                 commands, self._outgoing = self._outgoing, []
                 # A sixth of the time that redis-py's own takes.
                 packed = b"".join([pack_command(command) for command in commands])  # type: ignore[arg-type]
-                await connection.send_packed_command(packed, check_health=False)
+                async with asyncio.timeout(self._patience):
+                    await connection.send_packed_command(packed, check_health=False)
+        except TimeoutError:
+            self.end("it does not answer")
         except (RedisError, OSError, RuntimeError) as error:
             self.end(explain(error))
         except Exception:
