@@ -51,6 +51,12 @@ class Backlog:
         self.tail = id
         return len(messages)
 
+    def drop_oldest(self) -> Message:
+        """Drop one message, the floor moves to just above it; return it. O(n), but fast."""
+        message = self._messages.pop(0)
+        self.floor = max(self.floor, message.id + 1)
+        return message
+
     def covers(self, start: int) -> bool:
         """Whether a range that begins at `start` can be answered from here alone. O(1)."""
         return self.whole or start >= self.floor

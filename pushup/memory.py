@@ -143,8 +143,10 @@ class MemoryStore:
             count = backlog.append(message)
             self._bytes += size
             expires = channel.expires = now + int(channel.ttl * SECOND)
-            if count > channel.max_messages or channel.looked_at <= now:
+            if channel.looked_at <= now:
                 self._trim(channel, now)  # Otherwise nothing of it is too old yet.
+            elif count > channel.max_messages:
+                self._bytes -= backlog.drop_oldest().size
             if count == 1 or expires < channel.looked_at:
                 self._look(name, channel)  # Otherwise it had messages, and is due no earlier than before.
         if self.listener is not None:

@@ -110,18 +110,15 @@ def nests_too_deep(text: bytes, value: Any) -> bool:
     return True
 
 
-class Message:
+class Message(msgspec.Struct, eq=False, gc=False):
     """One published payload. `data` is JSON text in UTF-8; `channels` are all it was published to."""
 
-    __slots__ = ("_begin", "_text", "channels", "id")
-
-    def __init__(self, id: int, channels: tuple[str, ...], data: bytes) -> None:
-        self.id = id
-        self.channels = channels
-        self._text = data
-        """The data, or what `json` made of it: both would be twice as much, and thousands of messages are cached."""
-        self._begin = 0
-        """Where in it the data begins, up to a closing brace; 0 if it is nothing else."""
+    id: int
+    channels: tuple[str, ...]
+    _text: bytes
+    """The data, or what `json` made of it: both would be twice as much, and thousands of messages are cached."""
+    _begin: int = 0
+    """Where in it the data begins, up to a closing brace; 0 if it is nothing else."""
 
     def __repr__(self) -> str:
         return f"Message({self.id}, {self.channels}, {self.data!r})"
@@ -236,7 +233,7 @@ class Publication(msgspec.Struct, frozen=True, gc=False):
         return hashlib.blake2b(repr(self.channels).encode() + self.data, digest_size=16).digest()
 
 
-class Receipt(msgspec.Struct, frozen=True, omit_defaults=True):
+class Receipt(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """The broker has the message under this id. `duplicate`: an earlier publication with the same key had stored it."""
 
     id: int

@@ -401,22 +401,18 @@ def parse_publications(body: bytes, settings: Settings) -> list[Publication | Pu
         _check_batch(items, settings)
         return [_try(parse_publication, bytes(item), settings) for item in items]
     _check_batch(items, settings)
-    parsed: list[Publication | PushUpError] = []
-    size_max = settings.message_bytes_max
     plain = b"\n" not in body and b"\r" not in body and are_plain([name for item in items for name in item.channels])
-    for item, value in zip(items, values, strict=True):
-        data = bytes(item.data)
-        if (
-            plain
-            and item.key is UNSET
-            and len(item.channels) == 1
-            and len(data) <= size_max
-            and not (len(data) > SHORT_BYTES and nests_too_deep(data, value))
-        ):
-            parsed.append(Publication(item.channels, data))
-        else:
-            parsed.append(_try(_publication, item, settings))
-    return parsed
+    size_max = settings.message_bytes_max
+    return [
+        Publication(item.channels, data)
+        if plain
+        and item.key is UNSET
+        and len(item.channels) == 1
+        and len(data := bytes(item.data)) <= size_max
+        and (len(data) <= SHORT_BYTES or not nests_too_deep(data, value))
+        else _try(_publication, item, settings)
+        for item, value in zip(items, values, strict=True)
+    ]
 
 
 def _check_batch(items: Sequence[object], settings: Settings) -> None:

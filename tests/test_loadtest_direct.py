@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from loadtest.direct import BareRedis, RedisFunction, by_pipeline, encode, measure
+from loadtest.direct import BareRedis, LeastFunction, RedisFunction, by_pipeline, encode, measure
 from loadtest.fleet import FleetError
 from loadtest.machine import Cores
 from loadtest.scenario import Bench
@@ -18,7 +18,7 @@ def test_a_command_is_encoded_as_redis_reads_it() -> None:
     assert encode(("ZADD", "z", 12, b"\x00\n")) == b"*4\r\n$4\r\nZADD\r\n$1\r\nz\r\n$2\r\n12\r\n$2\r\n\x00\n\r\n"
 
 
-@pytest.mark.parametrize("kind", [BareRedis, RedisFunction])
+@pytest.mark.parametrize("kind", [BareRedis, LeastFunction, RedisFunction])
 def test_publications_straight_into_redis_are_counted_and_timed(kind: type[BareRedis]) -> None:
     steps: list[None] = []
     try:
