@@ -49,17 +49,7 @@ def deliver(server: Server, fleet: Fleet, number: int) -> None:
     assert len(fleet.publish([publication], PATIENCE_S).answers) == POLLS
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        PushUp,
-        Floor,
-        Nchan,
-        pytest.param(
-            Pushpin, marks=pytest.mark.xfail(strict=False, reason="Pushpin refuses polls at times on a busy machine")
-        ),
-    ],
-)
+@pytest.mark.parametrize("kind", [PushUp, Floor, Nchan, Pushpin])
 def test_a_server_answers_and_is_gone_afterwards(kind: type[Server]) -> None:
     with present(kind)(CORES, 512) as server, fleet_of(server) as fleet:
         fleet.add_publishers(1)
