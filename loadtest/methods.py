@@ -11,7 +11,7 @@ from typing import ClassVar, Final
 from loadtest.machine import Cores
 from loadtest.measures import read_stacks
 from loadtest.mlp import STACK_BYTES
-from loadtest.servers import OneProcess, PushUp, Server, find_number, get
+from loadtest.servers import Address, OneProcess, PushUp, Server, find_number, get
 
 HOLD_S: Final = 50
 """How long a long poll may wait, as in the paper."""
@@ -65,11 +65,11 @@ class Multithreaded(OneProcess, Method):
     def stacks(self) -> int:
         return read_stacks(self.pids, STACK_BYTES)
 
-    def _command(self) -> Sequence[str]:
-        return [sys.executable, "-m", "loadtest.mlp", str(self.address[1])]
+    def _command(self, port: int) -> Sequence[str]:
+        return [sys.executable, "-m", "loadtest.mlp", str(port)]
 
-    def _ready(self) -> bool:
-        return get(self.address, "/status")[0] == 200
+    def _ready(self, address: Address) -> bool:
+        return get(address, "/status")[0] == 200
 
 
 METHODS: Final[Sequence[type[Method]]] = (Pulling, Multithreaded, EventDriven)

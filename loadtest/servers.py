@@ -313,20 +313,21 @@ class Server(ABC):
 
 
 class OneProcess(Server):
-    """A server that is one command, with whatever that starts itself."""
+    """A server of which each node is one command, with whatever that starts itself."""
 
     @abstractmethod
-    def _command(self) -> Sequence[str]: ...
+    def _command(self, port: int) -> Sequence[str]: ...
 
     @abstractmethod
-    def _ready(self) -> bool: ...
+    def _ready(self, address: Address) -> bool: ...
 
     def _make_node(self, name: str, port: int) -> Process:
         return Process(self._directory, name, f"{HOST}:{port}")
 
     def _start_node(self, node: Process) -> None:
-        node.launch(self._command(), ROOT)
-        node.expect(self._ready, START_S)
+        host, _, port = node.address.rpartition(":")
+        node.launch(self._command(int(port)), ROOT)
+        node.expect(lambda: self._ready((host, int(port))), START_S)
 
 
 class PushUp(Server):
@@ -375,7 +376,7 @@ class PushUpRedis(PushUp):
         return {**super().versions(), "redis": redis_version()}
 
 
-class Floor(Server):
+class Floor(OneProcess):
     """A uvloop protocol that decodes what is published and nothing else (`loadtest.floor`): what cannot be saved."""
 
     name = "Floor"
@@ -391,14 +392,12 @@ class Floor(Server):
     def parked(self) -> int:
         return sum(int(get(address, "/parked")[1]) for address in self.addresses)
 
-    def _make_node(self, name: str, port: int) -> Process:
-        return Process(self._directory, name, f"{HOST}:{port}")
-
-    def _start_node(self, node: Process) -> None:
-        port = int(node.address.rpartition(":")[2])
+    def _command(self, port: int) -> Sequence[str]:
         redis = [str(self.redis_address[1])] if self.over_redis else []
-        node.launch([sys.executable, "-m", "loadtest.floor", str(port), *redis], ROOT)
-        node.expect(lambda: get((HOST, port), "/parked")[0] == 200, START_S)
+        return [sys.executable, "-m", "loadtest.floor", str(port), *redis]
+
+    def _ready(self, address: Address) -> bool:
+        return get(address, "/parked")[0] == 200
 
 
 class FloorRedis(Floor):
