@@ -60,8 +60,7 @@ class _Channel:
 
     def trim(self, now: int) -> int:
         """Drop what is too old or too much; the size of the data that went."""
-        dropped = self.backlog.trim(self.max_messages, now - int(self.window * SECOND))
-        return size_of(dropped) if dropped else 0
+        return size_of(self.backlog.trim(self.max_messages, now - int(self.window * SECOND)))
 
 
 class MemoryStore:
