@@ -16,7 +16,7 @@ from loadtest.servers import Floor, FloorRedis, Nchan, NchanRedis, PushUp, PushU
 
 CORES = Cores(frozenset(os.sched_getaffinity(0)), frozenset(os.sched_getaffinity(0)))
 POLLS = 10
-PATIENCE_S = 30.0
+PATIENCE_S = 10.0
 
 
 def present(kind: type[Server]) -> type[Server]:
