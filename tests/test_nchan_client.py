@@ -23,6 +23,7 @@ from typing import Any, Final
 
 import pytest
 from selenium import webdriver
+from selenium.webdriver.support.ui import WebDriverWait
 
 from cluster import Cluster
 from cluster.processes import find_programs, free_ports, wait_until
@@ -247,6 +248,10 @@ class InChromium(Subscriber):
     def __init__(self, driver: webdriver.Chrome, site: str, url: str, transport: str, **options: Any) -> None:
         self._driver = driver
         driver.get(f"{site}/page.html")
+        # The driver may say that the page is there before its script has run.
+        WebDriverWait(driver, PATIENCE_S, 0.02).until(
+            lambda _: driver.execute_script("return typeof listen") == "function", "hoped for the page's script"
+        )
         driver.execute_script("listen(...arguments)", url, transport, options)
 
     def heard(self, name: str) -> Any:
