@@ -102,7 +102,7 @@ class Herd:
     def __init__(self, timeout_s: int, *, again: bool = True, reset: bool = True) -> None:
         self.tally = Tally()
         self.unanswered = 0
-        """Deliveries that are still to come. Those to clients that left meanwhile will not."""
+        """Deliveries that are still to come, to those who are here."""
         self._dialect = PushUpDialect(timeout_s)
         self._again = again
         self._reset = reset
@@ -143,6 +143,7 @@ class Herd:
             descriptor = self._connect(address, source)
             self._channels[descriptor] = channel
             self._last[descriptor] = channel.acknowledged
+            self.unanswered += channel.published - channel.acknowledged
             channel.clients += 1
             self._send(descriptor, request)
 
@@ -199,8 +200,9 @@ class Herd:
 
     def settle(self) -> None:
         """Count as lost what has not come by now, after all publications."""
+        self.tally.lost += self.unanswered
+        self.unanswered = 0
         for descriptor, channel in self._channels.items():
-            self.tally.lost += channel.published - self._last[descriptor]
             self._last[descriptor] = channel.published
 
     # Inside
@@ -345,6 +347,7 @@ class Herd:
     def _forget(self, descriptor: int) -> None:
         if channel := self._channels.get(descriptor):
             channel.clients -= 1
+            self.unanswered -= channel.published - self._last[descriptor]
         for known in (self._channels, self._last, self._next, self._parts, self._publishers):
             known.pop(descriptor, None)
         os.close(descriptor)

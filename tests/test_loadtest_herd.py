@@ -152,6 +152,24 @@ def test_the_oldest_clients_leave_first(listener: socket.socket) -> None:
                 second.recv(1)
 
 
+def test_who_comes_or_leaves_while_a_message_is_on_its_way_changes_what_is_still_to_come(
+    listener: socket.socket,
+) -> None:
+    channel = Channel("c", published=1, due={1: 0})
+    with Herd(60) as herd:
+        first, _ = client(herd, listener, channel)
+        second, _ = client(herd, listener, channel)
+        with first, second:
+            assert herd.unanswered == 2
+            second.send(answer(1))
+            turn(herd)
+            assert herd.unanswered == 1
+            herd.leave(1)
+            assert herd.unanswered == 0
+            herd.settle()
+    assert herd.tally.bad == 0
+
+
 def test_nobody_there_is_an_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as gone:
         address = gone.getsockname()
