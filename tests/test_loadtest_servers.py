@@ -41,7 +41,12 @@ def fleet_of(server: Server) -> Fleet:
 def deliver(server: Server, fleet: Fleet, number: int) -> None:
     """Every poll of the fleet is answered with a message."""
     fleet.park()
-    wait(lambda: server.holds(POLLS))
+
+    def holds() -> bool:
+        fleet.expect_silence()
+        return server.holds(POLLS)
+
+    wait(holds)
     server.settle()
     time.sleep(server.deaf_s)
     payload = make_payload("a", number, 100)
