@@ -40,17 +40,22 @@ RETRY_MAX_S: Final = 60
 
 
 class _Channel:
-    __slots__ = ("backlog", "created", "expires", "looked_at", "max_messages", "ttl", "window")
+    __slots__ = ("backlog", "created", "expires", "lasts", "looked_at", "max_messages", "ttl", "window")
 
     def __init__(self, backlog: Backlog, options: ChannelOptions, defaults: Retention, now: int) -> None:
         self.backlog = backlog
         self.created = now
-        self.ttl = defaults.ttl if options.ttl is None else options.ttl
         self.window = defaults.window if options.window is None else options.window
         self.max_messages = defaults.max_messages if options.max_messages is None else options.max_messages
-        self.expires = now + int(self.ttl * SECOND)
+        self.renew(defaults.ttl if options.ttl is None else options.ttl, now)
         self.looked_at = MAX_ID
         """When the store will next look at this channel for something to drop: never after `due`."""
+
+    def renew(self, ttl: float, now: int) -> None:
+        """It lasts so many seconds from now on, and as long from each publication."""
+        self.ttl = ttl
+        self.lasts = int(ttl * SECOND)
+        self.expires = now + self.lasts
 
     @property
     def due(self) -> int:
@@ -121,36 +126,37 @@ class MemoryStore:
                 if digest != publication.digest():
                     raise KeyReused(f"key {publication.key!r} was used for a different publication")
                 return Receipt(id, duplicate=True)
-        channels = publication.channels
-        known = self._channels
+        channels, data = publication.channels, publication.data
+        known, watched = self._channels, self._watched
         for name in channels:
             if name not in known and not self._comes_into_being(name):
                 raise ChannelNotFound(show_channel(name))
-        size = len(publication.data)
+        size = len(data)
         if self._bytes + len(channels) * size > self._retention.realm_bytes:
             self._make_room(publication, now)
         id = self._give_id(now)
         if publication.key is not None:
             self._keys[publication.key] = (now + int(self._retention.idempotency * SECOND), publication.digest(), id)
-        message = Message(id, channels, publication.data)
-        announcements: list[tuple[str, int]] = []
+        message = Message(id, channels, data)
+        announcements: list[tuple[str, int]] | None = None
         for name in channels:
             channel = known.get(name) or self._add(name, ChannelOptions(), now)
             backlog = channel.backlog
-            if name in self._watched:
+            if name in watched:
+                announcements = announcements or []
                 announcements.append((name, backlog.tail))
             count = backlog.append(message)
             self._bytes += size
-            expires = channel.expires = now + int(channel.ttl * SECOND)
+            expires = channel.expires = now + channel.lasts
             if channel.looked_at <= now:
                 self._trim(channel, now)  # Otherwise nothing of it is too old yet.
             elif count > channel.max_messages:
                 self._bytes -= backlog.drop_oldest().size
             if count == 1 or expires < channel.looked_at:
                 self._look(name, channel)  # Otherwise it had messages, and is due no earlier than before.
-        if self.listener is not None:
+        if announcements and self.listener is not None:
             for name, prev in announcements:
-                if name in self._watched:
+                if name in watched:
                     self.listener.on_message(name, message, prev)
         return Receipt(id)
 
@@ -168,9 +174,7 @@ class MemoryStore:
 
     def renew(self, name: str, ttl: float | None, now: int) -> ChannelInfo:
         channel = self._get(name)
-        if ttl is not None:
-            channel.ttl = ttl
-        channel.expires = now + int(channel.ttl * SECOND)
+        channel.renew(channel.ttl if ttl is None else ttl, now)
         self._trim(channel, now)
         self._look(name, channel)
         return self._info(name, channel)

@@ -6,7 +6,8 @@ InvalidRequest with a sentence that names it. A member that is left out takes it
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Annotated, Any, Final, NamedTuple, TypeVar
 from urllib.parse import unquote_to_bytes
 
@@ -86,6 +87,11 @@ class _PublicationBody(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     key: str | UnsetType = UNSET
 
 
+class _PlainBody(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    channels: tuple[str]
+    data: Raw
+
+
 class _ChannelBody(msgspec.Struct, forbid_unknown_fields=True):
     name: str | UnsetType = UNSET
     ttl: _PositiveSeconds | UnsetType = UNSET
@@ -127,7 +133,7 @@ _frame_ref = msgspec.json.Decoder(_FrameRef)
 _frame_body = msgspec.json.Decoder(_FrameBody)
 _poll_body = msgspec.json.Decoder(_PollBody)
 _publication_body = msgspec.json.Decoder(_PublicationBody)
-_publication_list = msgspec.json.Decoder(list[_PublicationBody])
+_plain_list = msgspec.json.Decoder(list[_PlainBody])
 _raw_list = msgspec.json.Decoder(list[Raw])
 _channel_body = msgspec.json.Decoder(_ChannelBody)
 _renew_body = msgspec.json.Decoder(_RenewBody)
@@ -392,27 +398,30 @@ def _key(member: str | UnsetType, header: str | None) -> str | None:
 
 def parse_publications(body: bytes, settings: Settings) -> list[Publication | PushUpError]:
     """The items of a JSON array of publications; an item that is wrong is its error, and spoils no other."""
-    items: Any
-    try:
-        items = _publication_list.decode(body)
-        values = [_anything.decode(item.data) for item in items]  # Raw leaves strings and numbers unchecked.
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        items = _decode(_raw_list, body, "list of publications")
-        _check_batch(items, settings)
-        return [_try(parse_publication, bytes(item), settings) for item in items]
+    plain = _parse_plain_publications(body, settings)
+    if plain is not None:
+        return plain
+    items: Sequence[Raw] = _decode(_raw_list, body, "list of publications")
     _check_batch(items, settings)
-    plain = b"\n" not in body and b"\r" not in body and are_plain([name for item in items for name in item.channels])
-    size_max = settings.message_bytes_max
-    return [
-        Publication(item.channels, data)
-        if plain
-        and item.key is UNSET
-        and len(item.channels) == 1
-        and len(data := bytes(item.data)) <= size_max
-        and (len(data) <= SHORT_BYTES or not nests_too_deep(data, value))
-        else _try(_publication, item, settings)
-        for item, value in zip(items, values, strict=True)
-    ]
+    return [_try_publication(bytes(item), settings) for item in items]
+
+
+def _parse_plain_publications(body: bytes, settings: Settings) -> list[Publication | PushUpError] | None:
+    """The same, all looked at together, if each is to one named channel and has no key; None if one is not so plain."""
+    if b"\n" in body or b"\r" in body:
+        return None
+    try:
+        items: Sequence[_PlainBody] = _plain_list.decode(body)
+        values = list(map(_anything.decode, [item.data for item in items]))  # Raw leaves its insides unchecked.
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    _check_batch(items, settings)
+    channels = [item.channels for item in items]
+    texts = [bytes(item.data) for item in items]
+    longest = max(map(len, texts), default=0)
+    if longest > settings.message_bytes_max or (longest > SHORT_BYTES and any(map(nests_too_deep, texts, values))):
+        return None
+    return list(map(Publication, channels, texts)) if are_plain(list(chain.from_iterable(channels))) else None
 
 
 def _check_batch(items: Sequence[object], settings: Settings) -> None:
@@ -420,9 +429,9 @@ def _check_batch(items: Sequence[object], settings: Settings) -> None:
         raise TooLarge(f"the array has {len(items)} publications; the limit is {settings.publish_batch_max}")
 
 
-def _try(parse: Callable[[_T, Settings], Publication], item: _T, settings: Settings) -> Publication | PushUpError:
+def _try_publication(body: bytes, settings: Settings) -> Publication | PushUpError:
     try:
-        return parse(item, settings)
+        return parse_publication(body, settings)
     except PushUpError as error:
         return error
 
