@@ -28,7 +28,7 @@ cluster: $(VENV)/.dev
 	$(BIN)/python -m cluster up --nodes 4 --example $(ARGS)
 
 test: $(VENV)/.dev
-	tests/install-debian.sh chromium chromium-driver curl fish haproxy openssl redis-server zsh
+	tests/install-debian.sh chromium chromium-driver curl fish haproxy libjemalloc2 openssl redis-server zsh
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 check: $(VENV)/.dev
@@ -58,7 +58,7 @@ fuzz: $(VENV)/.dev
 		tests/fuzz/findings/$(TARGET) tests/fuzz/corpus/$(TARGET)
 
 bench: $(VENV)/.dev
-	tests/install-debian.sh haproxy libnginx-mod-nchan nginx pushpin redis-server redis-tools
+	tests/install-debian.sh haproxy libjemalloc2 libnginx-mod-nchan nginx pushpin redis-server redis-tools
 	$(BIN)/python -m loadtest run --all; status=$$?; $(BIN)/python -m loadtest report && exit $$status
 
 attack: $(VENV)/.dev

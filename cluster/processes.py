@@ -119,6 +119,8 @@ class Process:
         """HOST:PORT it serves on."""
         self.directory = state / name
         self.log = state / LOGS / f"{name}.log"
+        self.environment: dict[str, str] = {}
+        """Variables it is started with, beside those of this process."""
         self._pid_file = self.directory / "pid"
 
     def __repr__(self) -> str:
@@ -148,13 +150,13 @@ class Process:
         self.directory.mkdir(parents=True, exist_ok=True)
         self.log.parent.mkdir(exist_ok=True)
         # A setting from this terminal's environment is not meant for the nodes of a cluster.
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("PUSHUP_")}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("PUSHUP_")}
         with self.log.open("ab") as log:
             try:
                 popen = subprocess.Popen(
                     command,
                     cwd=cwd or self.directory,
-                    env=environment,
+                    env={**inherited, **self.environment},
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,

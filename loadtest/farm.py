@@ -40,14 +40,18 @@ def address_of(process: Process) -> Address:
 
 
 class Farm:
-    """Nodes, gone at the end of the `with` block. Raises ServerError."""
+    """Nodes, gone at the end of the `with` block. Raises ServerError.
 
-    def __init__(self, *, redis: bool, settings: Mapping[str, str] | None = None) -> None:
+    `allocator`: a library that gives them memory instead of the C library, like `libjemalloc.so.2`.
+    """
+
+    def __init__(self, *, redis: bool, settings: Mapping[str, str] | None = None, allocator: str = "") -> None:
         self.nodes: list[Node] = []
         self.store: Store | None = None
         self.proxy: Proxy | None = None
         self._redis = redis
         self._given = {**SETTINGS, **(settings or {})}
+        self._allocator = allocator
         self._temporary = tempfile.TemporaryDirectory(prefix="loadtest-", ignore_cleanup_errors=True)
         self._directory = Path(self._temporary.name)
         self._families: dict[int, tuple[int, ...]] = {}
@@ -81,15 +85,23 @@ class Farm:
             for port, admin_port in zip(ports[::2], ports[1::2], strict=True):
                 name = f"node{len(self.nodes) + 1}"
                 node = Node(self._directory, name, port, admin_port, self._given, settings)
+                if self._allocator:
+                    node.environment["LD_PRELOAD"] = self._allocator
                 self.nodes.append(node)
                 fresh.append(node)
                 node.start(broker)
             for node in fresh:
                 node.expect(node.ready, START_S)
+                self._check_allocator(node)
                 tick()
         except ClusterError as error:
             raise ServerError(str(error)) from None
         return fresh
+
+    def _check_allocator(self, node: Node) -> None:
+        # A library that is missing is told in the log, and does no more.
+        if self._allocator and self._allocator not in Path(f"/proc/{node.pid}/maps").read_text():
+            raise ServerError(f"{self._allocator} is missing: install the Debian package that has it")
 
     def put_proxy_before(self, nodes: Sequence[Node]) -> Address:
         """HAProxy in TCP mode sends connections to these nodes in turns: its address."""

@@ -23,7 +23,11 @@ from loadtest.scenario import Run, Samples, Scenario
 from loadtest.servers import PushUp, ServerError
 from pushup.memory import CLOSED_REMEMBERED
 
-CASE: Final = "memory broker"
+JEMALLOC: Final = "jemalloc"
+C_LIBRARY: Final = "the C library's allocator"
+ALLOCATORS: Final[Mapping[str, str]] = {JEMALLOC: "libjemalloc.so.2", C_LIBRARY: ""}
+"""Cases: who gives the node its memory. The first is what the Docker image has, the other what is there by itself."""
+
 SEED: Final = 2026
 PUBLISHERS: Final = 4
 TIMEOUT_S: Final = 60
@@ -39,11 +43,12 @@ LIVES_S: Final = {"channel_window": 60, "channel_ttl": 120, "linger": 30}
 
 
 class Plan(NamedTuple):
-    """How long, and how much of what a second. Of the memory's slope the first `settle_s` are left out.
+    """How long with each allocator, and how much of what a second. The memory of the first `settle_s` is not judged.
 
     `closed`: so many channels were there and were closed before it begins. `pace`: channels live so many times shorter.
     """
 
+    allocators: Sequence[str]
     polls: int
     channels: int
     seconds: float
@@ -77,9 +82,9 @@ class Plan(NamedTuple):
         }
 
 
-FULL: Final = Plan(16_000, 1000, 3600, 600, 10, 50, 50, 4000, CLOSED_REMEMBERED)
-FAST: Final = Plan(16_000, 1000, 360, 90, 1, 500, 500, 4000, CLOSED_REMEMBERED, pace=10)
-QUICK: Final = Plan(1000, 100, 12, 4, 0.5, 50, 50, 4000, 100)
+FULL: Final = Plan((JEMALLOC,), 16_000, 1000, 3600, 600, 10, 50, 50, 4000, CLOSED_REMEMBERED)
+FAST: Final = Plan((JEMALLOC, C_LIBRARY), 16_000, 1000, 360, 90, 1, 500, 500, 4000, CLOSED_REMEMBERED, pace=10)
+QUICK: Final = Plan((JEMALLOC,), 1000, 100, 12, 4, 0.5, 50, 50, 4000, 100)
 
 
 def close_channels(address: Address, channels: int) -> None:
@@ -219,20 +224,24 @@ def slope(points: Sequence[tuple[float, float]]) -> float:
 
 
 def measure_soak(run: Run, plan: Plan) -> Iterator[Measurement]:
-    """One measurement for each round."""
-    for number in range(1, run.rounds + 1):
+    """One measurement with each allocator in each round."""
+    turns = [(number, allocator) for number in range(1, run.rounds + 1) for allocator in plan.allocators]
+    for turn, (number, allocator) in enumerate(turns):
 
-        def share(part: float, number: int = number) -> None:
-            run.share((number - 1 + min(part, 1)) / run.rounds)
+        def share(part: float, turn: int = turn) -> None:
+            run.share((turn + min(part, 1)) / len(turns))
 
         try:
-            yield _measure(number, plan, share)
+            yield _measure(number, allocator, plan, share)
         except (FleetError, ServerError) as error:
-            yield Measurement(number, CASE, OURS, failure=str(error))
+            yield Measurement(number, allocator, OURS, failure=str(error))
 
 
-def _measure(number: int, plan: Plan, share: Callable[[float], None]) -> Measurement:
-    with Farm(redis=False, settings=plan.settings) as farm, Herd(TIMEOUT_S, reset=False) as herd:
+def _measure(number: int, allocator: str, plan: Plan, share: Callable[[float], None]) -> Measurement:
+    with (
+        Farm(redis=False, settings=plan.settings, allocator=ALLOCATORS[allocator]) as farm,
+        Herd(TIMEOUT_S, reset=False) as herd,
+    ):
         [node] = farm.grow(1)
         close_channels(address_of(node), plan.closed)
         for _ in range(PUBLISHERS):
@@ -250,10 +259,10 @@ def _measure(number: int, plan: Plan, share: Callable[[float], None]) -> Measure
             share((now - begin) / (end - begin))
         herd.run(time.monotonic_ns() + int(QUIET_S * 1e9), enough=lambda: herd.unanswered <= 0)
         herd.settle()
-        return _judge(number, plan, herd.tally, life.samples)
+        return _judge(number, allocator, plan, herd.tally, life.samples)
 
 
-def _judge(number: int, plan: Plan, tally: Tally, samples: Samples) -> Measurement:
+def _judge(number: int, allocator: str, plan: Plan, tally: Tally, samples: Samples) -> Measurement:
     rows = list(zip(samples["second"], samples["memory_anonymous_bytes"], strict=True))
     judged = [(second, size) for second, size in rows if second >= plan.settle_s]
     if not judged:
@@ -278,31 +287,33 @@ def _judge(number: int, plan: Plan, tally: Tally, samples: Samples) -> Measureme
         "latency_percentiles_ms": [round(percentile(ordered, percent) / 1e6, 3) for percent in range(101)],
     }
     failure = tally.complaint if tally.wrong or tally.broken else ""
-    return Measurement(number, CASE, OURS, values, samples, failure=failure)
+    return Measurement(number, allocator, OURS, values, samples, failure=failure)
 
 
 def show(result: Result) -> Sequence[str | Chart]:
     """The verdict, and memory over time."""
     medians = Medians(result.measurements)
-    names = medians.metrics(CASE)
-    rows = [["", OURS]]
-    for name in names:
-        value, metric = medians.of(CASE, name, OURS), METRICS[name]
-        if value is not None:
-            rows.append([f"{metric.title} ({metric.unit})", f"{value / metric.scale:,.{metric.digits}f}"])
+    cases = [allocator for allocator in ALLOCATORS if medians.metrics(allocator)]
+    rows = [["", *cases]]
+    for name in medians.metrics(cases[0]) if cases else ():
+        values, metric = [medians.of(case, name, OURS) for case in cases], METRICS[name]
+        shown = ["–" if value is None else f"{value / metric.scale:,.{metric.digits}f}" for value in values]
+        rows.append([f"{metric.title} ({metric.unit})" if metric.unit else metric.title, *shown])
     lines: dict[str, list[tuple[float, float]]] = {}
     for one in result.measurements:
         if one.samples:
             seconds, sizes = one.samples["second"], one.samples["memory_anonymous_bytes"]
-            label = f"round {one.round}" if one.round > 1 else "memory of the node"
+            label = f"{one.case}, round {one.round}" if one.round > 1 else one.case
             lines[label] = [(x / 60, y / MIB) for x, y in zip(seconds, sizes, strict=True)]
     blocks: list[str | Chart] = [
         "Memory is the node's anonymous memory (`Pss_Anon`). Clients stay for a while and go without a word, the "
         "oldest first; as many come, to channels of which the oldest give way to new ones. Polls end after "
         f"{TIMEOUT_S} s at the latest and are sent again. Latencies count from when a publication was due. What is "
         "gained is the slope of the memory after the time left out, for an hour at the pace of one. As many channels "
-        "as a node remembers of closed ones were closed before.",
-        markdown(rows) if names else "Nothing could be measured.",
+        "as a node remembers of closed ones were closed before. The Docker image has jemalloc for its allocator; a "
+        "node has the C library's unless `LD_PRELOAD` says otherwise, and that one leaves more and more gaps between "
+        "messages of over 512 bytes.",
+        markdown(rows) if cases else "Nothing could be measured.",
     ]
     if lines:
         blocks.append(
@@ -317,15 +328,25 @@ def show(result: Result) -> Sequence[str | Chart]:
     return blocks
 
 
-def _of(metric: str) -> Callable[[Medians], float | None]:
-    return lambda medians: medians.of(CASE, metric, OURS)
+def _worst(metric: str) -> Callable[[Medians], float | None]:
+    """Of all cases that were measured."""
+
+    def worst(medians: Medians) -> float | None:
+        values = [medians.of(case, metric, OURS) for case in ALLOCATORS]
+        return max((value for value in values if value is not None), default=None)
+
+    return worst
 
 
 def scenarios(*, quick: bool) -> tuple[Scenario, ...]:
     """The hour, and its churn in a tenth of the time. A few seconds say nothing: `quick` has no target for memory."""
     if quick:
         return (_scenario("soak", QUICK),)
-    flat = Target("memory gained with the churn of an hour < 1 %", _of("memory_slope_share"), 0.01)
+    flat = Target(
+        "with jemalloc: memory gained with the churn of an hour < 1 %",
+        lambda medians: medians.of(JEMALLOC, "memory_slope_share", OURS),
+        0.01,
+    )
     return _scenario("soak-fast", FAST, flat), _scenario("soak", FULL, flat)
 
 
@@ -335,15 +356,15 @@ def _scenario(name: str, plan: Plan, *targets: Target) -> Scenario:
         name,
         f"{plan.polls:,} polls while clients and channels come and go{faster}: is memory flat, is anything lost?",
         (PushUp,),
-        {CASE: plan.parameters},
+        dict.fromkeys(plan.allocators, plan.parameters),
         lambda run: measure_soak(run, plan),
         rounds=1,
-        seconds=plan.seconds + plan.polls / 4000 + 2,
+        seconds=len(plan.allocators) * (plan.seconds + plan.polls / 4000 + 2),
         targets=(
             *targets,
-            Target("lost messages", _of("messages_lost"), 0),
-            Target("duplicates", _of("messages_repeated"), 0),
-            Target("gaps", _of("messages_gap"), 0),
+            Target("lost messages", _worst("messages_lost"), 0),
+            Target("duplicates", _worst("messages_repeated"), 0),
+            Target("gaps", _worst("messages_gap"), 0),
         ),
         show=show,
         by_case=False,

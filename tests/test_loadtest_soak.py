@@ -6,8 +6,8 @@ from itertools import islice
 import pytest
 
 from loadtest.charts import Chart
-from loadtest.results import OURS, Measurement, Result
-from loadtest.soak import CASE, FULL, Town, scenarios, show, slope
+from loadtest.results import OURS, Measurement, Medians, Result
+from loadtest.soak import C_LIBRARY, FULL, JEMALLOC, Town, scenarios, show, slope
 
 
 def test_the_slope_is_that_of_the_line_nearest_to_the_points() -> None:
@@ -32,13 +32,26 @@ def test_the_oldest_channel_gives_way_when_as_many_came_as_a_channel_has() -> No
 
 def test_memory_over_time_is_drawn_in_minutes_and_mebibytes() -> None:
     samples = {"second": [60.0, 120.0], "memory_anonymous_bytes": [2.0**20, 2.0**21]}
-    measured = Measurement(1, CASE, OURS, {"memory_slope_share": 0.005}, samples)
+    measured = [
+        Measurement(1, C_LIBRARY, OURS, {"memory_slope_share": 0.05}, samples),
+        Measurement(1, JEMALLOC, OURS, {"memory_slope_share": 0.005}),
+    ]
 
-    *texts, chart = show(Result("soak", "?", "", "", 1, False, {}, {}, "", {}, [measured], []))
+    *texts, chart = show(Result("soak", "?", "", "", 1, False, {}, {}, "", {}, measured, []))
 
     assert isinstance(chart, Chart)
-    assert chart.lines == {"memory of the node": [(1, 1), (2, 2)]}
-    assert "| memory gained, of its mean (%/h) | 0.50 |" in str(texts[-1])
+    assert chart.lines == {C_LIBRARY: [(1, 1), (2, 2)]}
+    assert f"|  | {JEMALLOC} | {C_LIBRARY} |" in str(texts[-1])
+    assert "| memory gained, of its mean (%/h) | 0.50 | 5.00 |" in str(texts[-1])
+
+
+def test_a_loss_counts_with_whichever_allocator_it_was() -> None:
+    lost = {JEMALLOC: 0.0, C_LIBRARY: 3.0}
+    medians = Medians([Measurement(1, case, OURS, {"messages_lost": value}) for case, value in lost.items()])
+
+    [target] = [target for target in scenarios(quick=False)[0].targets if target.text == "lost messages"]
+
+    assert target.value(medians) == 3
 
 
 def test_only_the_full_one_judges_memory_and_it_leaves_time_to_judge() -> None:
