@@ -45,6 +45,9 @@ class Backlog:
         assert id > self.tail
         messages = self._messages
         if messages:
+            channels = messages[-1].channels
+            if channels == message.channels:
+                message.channels = channels  # One tuple for all of them: a third less for each short message.
             messages.append(message)
         else:
             messages = self._messages = [message]

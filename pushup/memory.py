@@ -10,6 +10,7 @@ import heapq
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from itertools import islice
 from typing import Final
 
@@ -54,18 +55,24 @@ class _Channel:
     def renew(self, ttl: float, now: int) -> None:
         """It lasts so many seconds from now on, and as long from each publication."""
         self.ttl = ttl
-        self.lasts = int(ttl * SECOND)
+        self.lasts = _in_ids(ttl)
         self.expires = now + self.lasts
 
     @property
     def due(self) -> int:
         """When something of this channel expires next: its oldest message, or itself."""
         first = self.backlog.first
-        return self.expires if first is None else min(self.expires, first + int(self.window * SECOND) + 1)
+        return self.expires if first is None else min(self.expires, first + _in_ids(self.window) + 1)
 
     def trim(self, now: int) -> int:
         """Drop what is too old or too much; the size of the data that went."""
-        return size_of(self.backlog.trim(self.max_messages, now - int(self.window * SECOND)))
+        return size_of(self.backlog.trim(self.max_messages, now - _in_ids(self.window)))
+
+
+@lru_cache
+def _in_ids(seconds: float) -> int:
+    """So many seconds in ids: one object for all channels that have the same."""
+    return int(seconds * SECOND)
 
 
 class MemoryStore:
