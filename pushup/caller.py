@@ -146,7 +146,9 @@ class Caller:
                 for at in waiting:
                     results[at] = Unavailable(f"cannot reach Redis: {error}")
             except PushUpError as error:
-                return [error] * len(calls)
+                for at in waiting:
+                    results[at] = error
+                break
             again: list[int] = []
             for at, future in zip(waiting, futures, strict=False):
                 try:

@@ -350,6 +350,21 @@ async def test_only_what_was_not_done_is_asked_again() -> None:
         assert asked(new) == [("ECHO", "2")]
 
 
+async def test_a_server_that_refuses_for_good_takes_back_no_answer() -> None:
+    """What an earlier server has done is done."""
+    noperm = ResponseError("NOPERM this user has no permissions to run the 'function|load' command")
+    async with (
+        scripted(with_functions(in_turn("one", READONLY, "three"))) as old,
+        scripted(lambda *words: noperm) as new,
+        scripted(sentinel(old, new)) as watcher,
+        calling(f"redis+sentinel://{watcher.address}/main") as caller,
+    ):
+        one, two, three = await caller.call_all([("ECHO", word) for word in "123"], repeatable=lambda at: False)
+
+        assert (one, three) == (b"one", b"three")
+        assert isinstance(two, BrokerRefused)
+
+
 async def test_calls_under_way_keep_their_connection() -> None:
     """That one call has to look for another server does not fail those that wait for a reply of this one."""
     first = with_functions(in_turn(READONLY, Deed.SILENCE))
