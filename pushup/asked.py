@@ -47,7 +47,8 @@ class Memory:
     of the fields does not depend on the line beyond its method and version, and only `GET … HTTP/1.1` without a body
     is remembered. Bytes that differ in anything but a cursor, or a single plain name, are parsed. Of fields, which
     browsers have many of and each its own, the SHA-256 is kept: nobody can find others that have the same. Forgets
-    everything when it holds `_MEMORY_BYTES_MAX`.
+    every second entry when it holds more than `_MEMORY_BYTES_MAX`: of more clients than it has room for, which come in
+    turn, the most recent ones would be forgotten just before they come again.
     """
 
     __slots__ = (
@@ -120,16 +121,23 @@ class Memory:
         shape = _cut(line)
         if shape is not None and asked.poll.end == MAX_ID:
             lines, key = self._shapes, shape[0]
-        self._size += (len(key) + _LINE_BYTES + _CHANNEL_BYTES * len(asked.poll.channels)) * (key not in lines)
         digest = sha256(fields).digest()
-        self._size += (_SENDER_BYTES + sender.size) * (digest not in self._senders)
-        if self._size > _MEMORY_BYTES_MAX:
-            for remembered in (self._lines, self._shapes, self._senders):
-                remembered.clear()
-            self._latest = self._line = self._fields = None
-            self._size = len(data)
+        if key not in lines:
+            self._size += _line_size(key, asked)
+        if digest not in self._senders:
+            self._size += _sender_size(sender)
         lines[key] = asked
         self._senders[digest] = how, sender
+        if self._size > _MEMORY_BYTES_MAX:
+            self._forget_half()
+
+    def _forget_half(self) -> None:
+        self._latest = self._line = self._fields = None
+        for lines in (self._lines, self._shapes):
+            for key in list(lines)[1::2]:  # The first one may be the line of all the others.
+                self._size -= _line_size(key, lines.pop(key))
+        for digest in list(self._senders)[1::2]:
+            self._size -= _sender_size(self._senders.pop(digest)[1])
 
     def _recall_shape(self, line: bytes) -> Asked | None:
         """A poll as before, but for its cursor."""
@@ -143,6 +151,14 @@ class Memory:
         realm, poll, token = asked
         channels = poll.channels if name is None else (name.decode(),)
         return Asked(realm, Poll(channels, cursor, poll.end, poll.timeout), token)
+
+
+def _line_size(key: bytes, asked: Asked) -> int:
+    return len(key) + _LINE_BYTES + _CHANNEL_BYTES * len(asked.poll.channels)
+
+
+def _sender_size(sender: Sender) -> int:
+    return _SENDER_BYTES + sender.size
 
 
 def _cut(line: bytes) -> tuple[bytes, int, bytes | None] | None:

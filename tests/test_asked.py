@@ -194,20 +194,35 @@ def test_only_plain_heads_are_remembered() -> None:
     assert memory.recall(old) is None
 
 
-def test_everything_is_forgotten_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rather than grow beyond its limit, also what was just recalled."""
-    data = request(f"channel=a&start={CURSOR}")
-    memory = learned(data)
-    assert memory.recall(data) is not None
-    monkeypatch.setattr(pushup.asked, "_MEMORY_BYTES_MAX", 1000)
+def test_half_is_forgotten_rather_than_to_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of clients that come in turn, and are more than there is room for, half are known all the same."""
+    clients = [request(f"channel=a&start={CURSOR}", f"User-Agent: {number}") for number in range(20)]
+    one = learned(clients[0])
+    room = one._size + 10 * (learned(*clients[:2])._size - one._size)
+    monkeypatch.setattr(pushup.asked, "_MEMORY_BYTES_MAX", room)
 
-    other = request("channel=b")
-    asked = parse(other)
-    assert asked is not None
-    memory.learn(other, asked, HOW, NOBODY)
+    memory = learned(*clients[:11])
+    assert sum(memory.recall(client) is not None for client in clients) == 11
+    memory = learned(*clients[:12])
+    assert memory._size <= room
+    assert [memory.recall(client) is not None for client in clients[:12]] == [True, False] * 6
+    memory = learned(*clients, *clients, *clients)
+    assert memory._size <= room
+    assert sum(memory.recall(client) is not None for client in clients) >= 5
 
-    assert memory.recall(data) is None
+
+def test_also_what_was_just_recalled_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, other = request("channel=a"), request("channel=b")
+    memory = learned(data, other)
     assert memory.recall(other) is not None
+    monkeypatch.setattr(pushup.asked, "_MEMORY_BYTES_MAX", 0)
+
+    asked = parse(data)
+    assert asked is not None
+    memory.learn(data, asked, HOW, NOBODY)
+
+    assert memory.recall(other) is None
+    assert memory.recall(data) is not None
 
 
 def test_the_size_counts_more_than_the_bytes() -> None:
