@@ -115,8 +115,8 @@ class WebConnection(Protocol):
     def release(self) -> None:
         """End without closing the transport."""
 
-    def is_late(self, slow_since: float) -> bool:
-        """Of one that was handed over: whether the client does not read, since before that moment."""
+    def lateness(self, idle_since: float, slow_since: float, unread_since: float) -> str:
+        """As `Lane.lateness`, of one that was handed over."""
 
     @property
     def gone(self) -> bool:
@@ -145,7 +145,9 @@ class Lanes:
         """By the head's bytes: a back end sends the same with all its publications of a length."""
         self.open: set[Lane] = set()
         self.handed_over: dict[Lane, WebConnection] = {}
-        self._late: list[tuple[Lane | WebConnection, str]] = []
+        self._late: list[Lane | WebConnection] = []
+        self._late_since = (0.0, 0.0, 0.0)
+        """What they are late by, as `lateness` takes it."""
         self._unread: dict[Lane | WebConnection, int] = {}
         """What clients were sent and do not read, in bytes; who began it first comes first."""
         self._unread_bytes = 0
@@ -162,18 +164,19 @@ class Lanes:
         self.date = formatdate(usegmt=True).encode()
         settings = self.settings
         now = self.loop.time()
-        idle, slow = now - settings.keepalive_timeout, now - settings.request_timeout
-        unread = now - settings.write_timeout
         if not self._late:
-            self._late += [(lane, why) for lane in self.open if (why := lane.lateness(idle, slow, unread))]
-            self._late += [(web, "unread") for web in self.handed_over.values() if web.is_late(unread)]
+            since = now - settings.keepalive_timeout, now - settings.request_timeout, now - settings.write_timeout
+            self._late_since = since
+            self._late += [lane for lane in self.open if lane.lateness(*since)]
+            self._late += [web for web in self.handed_over.values() if web.lateness(*since)]
             self._cut()
 
     def _cut(self) -> None:
         # In portions, as thousands that were late together would hold up all others.
         for _ in range(min(len(self._late), CUT_AT_ONCE)):
-            connection, why = self._late.pop()
-            if not connection.gone:
+            connection = self._late.pop()
+            why = connection.lateness(*self._late_since)  # It may have asked meanwhile.
+            if why and not connection.gone:
                 self.cut(connection, why)
         if self._late:
             self.loop.call_soon(self._cut)

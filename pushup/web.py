@@ -117,8 +117,8 @@ class WebConnection(web.RequestHandler):
         # No cycles: collecting the garbage of thousands of connections would hold up all others.
         self._owned = self._lane = self._body = None
 
-    def is_late(self, slow_since: float) -> bool:
-        return self._stuck_since is not None and self._stuck_since < slow_since
+    def lateness(self, idle_since: float, slow_since: float, unread_since: float) -> str:
+        return "unread" if self._stuck_since is not None and self._stuck_since < unread_since else ""
 
     @property
     def gone(self) -> bool:

@@ -15,7 +15,15 @@ from aiohttp import web
 from pushup.broker import Tell
 from pushup.errors import ChannelNotFound, PushUpError
 from pushup.head import is_malformed
-from pushup.lane import AHEAD_BYTES_MAX, BODY_BYTES_MAX, GREETING, PUBLISHER_BYTES_MAX, PUBLISHERS_MAX, SHORT_HEAD_BYTES
+from pushup.lane import (
+    AHEAD_BYTES_MAX,
+    BODY_BYTES_MAX,
+    CUT_AT_ONCE,
+    GREETING,
+    PUBLISHER_BYTES_MAX,
+    PUBLISHERS_MAX,
+    SHORT_HEAD_BYTES,
+)
 from pushup.messages import Publication, Receipt
 from pushup.server import Server
 from tests import pipes
@@ -991,6 +999,20 @@ async def test_the_time_starts_anew_after_an_answer() -> None:
         tick(server, 176)
 
         assert client.closing
+
+
+async def test_who_asks_just_before_it_would_be_cut_is_not() -> None:
+    """Thousands that are late together are cut in portions, between which they may ask."""
+    async with running(keepalive_timeout=75, request_timeout=15) as server:
+        clients = [pipes.lane(server) for _ in range(CUT_AT_ONCE + 2)]
+        tick(server, 76)
+        asks, stays_idle = [client for client in clients if not client.closing]
+
+        asks.push(get("/poll?channel=a"))
+        await asks.settle()
+
+        assert (asks.closing, stays_idle.closing) == (False, True)
+        assert server.node.parked == 1
 
 
 async def test_a_lent_body_that_does_not_come_is_refused() -> None:
