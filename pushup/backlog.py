@@ -11,6 +11,8 @@ from typing import Final
 from pushup.messages import Message
 
 _ID: Final = attrgetter("id")
+_DROPPED_MAX: Final = 64
+_DROPPED: Final = Message(0, (), b"")
 _NONE: Final[list[Message]] = []
 """What every empty backlog begins with, as most channels have no messages. Never changed."""
 
@@ -23,21 +25,23 @@ class Backlog:
     `tail`: the id of the last message ever appended, kept or not; 0 if there was none.
     """
 
-    __slots__ = ("_messages", "floor", "tail", "whole")
+    __slots__ = ("_dropped", "_messages", "floor", "tail", "whole")
 
     def __init__(self, floor: int = 0, tail: int = 0, whole: bool = True, messages: Sequence[Message] = ()) -> None:
         self._messages = list(messages) or _NONE
+        self._dropped = 0
+        """So many at the head of the list are `_DROPPED`: taken out one by one, each would move all the others."""
         self.floor = floor
         self.tail = tail
         self.whole = whole
 
     def __len__(self) -> int:
-        return len(self._messages)
+        return len(self._messages) - self._dropped
 
     @property
     def first(self) -> int | None:
         """The id of the oldest message kept."""
-        return self._messages[0].id if self._messages else None
+        return self._messages[self._dropped].id if len(self) else None
 
     def append(self, message: Message) -> int:
         """Add a message newer than all before it; return how many there are now. O(1)."""
@@ -52,11 +56,16 @@ class Backlog:
         else:
             messages = self._messages = [message]
         self.tail = id
-        return len(messages)
+        return len(messages) - self._dropped
 
     def drop_oldest(self) -> Message:
-        """Drop one message, the floor moves to just above it; return it. O(n), but fast."""
-        message = self._messages.pop(0)
+        """Drop one message, the floor moves to just above it; return it. O(1), amortised."""
+        messages, first = self._messages, self._dropped
+        message = messages[first]
+        messages[first] = _DROPPED
+        self._dropped = first + 1
+        if first >= _DROPPED_MAX or first > len(messages) // 2:
+            self._tidy()
         self.floor = max(self.floor, message.id + 1)
         return message
 
@@ -73,18 +82,19 @@ class Backlog:
         messages = self._messages
         if start > self.tail or not messages:
             return []
-        first = bisect_left(messages, start, key=_ID)
+        first = bisect_left(messages, start, self._dropped, key=_ID)
         return messages[first:] if end >= self.tail else messages[first : bisect_right(messages, end, key=_ID)]
 
     def pushed_out(self, count: int) -> int:
         """The size of the data that trimming to `count` messages would drop. O(n dropped)."""
-        return size_of(self._messages[: max(len(self._messages) - count, 0)])
+        return size_of(self._messages[self._dropped : max(len(self._messages) - count, self._dropped)])
 
     def trim(self, count: int, before: int) -> Sequence[Message]:
         """Drop messages until at most `count` are left and none has an id below `before`; return those that went.
 
         The floor moves to just above the newest one dropped. O(n dropped).
         """
+        self._tidy()
         messages = self._messages
         if not messages:
             return ()
@@ -97,6 +107,11 @@ class Backlog:
         dropped = messages[:drop]
         del messages[:drop]
         return dropped
+
+    def _tidy(self) -> None:
+        if self._dropped:
+            del self._messages[: self._dropped]
+            self._dropped = 0
 
 
 def size_of(messages: Sequence[Message]) -> int:

@@ -1,5 +1,8 @@
 """A channel's recent messages."""
 
+import random
+import sys
+
 import pytest
 
 from pushup.backlog import Backlog
@@ -97,6 +100,40 @@ def test_what_the_broker_still_has_is_not_covered() -> None:
 
     assert (part.covers(4), part.covers(5)) == (False, True)
     assert whole.covers(0)
+
+
+@pytest.mark.parametrize("most", [1, 2, 7, 200])
+def test_whatever_is_dropped_the_rest_is_as_a_list_would_have_it(most: int) -> None:
+    """Dropping the oldest moves nothing, most of the time. Nobody can tell."""
+    chaos = random.Random(most)
+    messages, expected, last = Backlog(1), list[Message](), 0
+    for _ in range(1500):
+        last += chaos.randint(1, 3)
+        expected.append(message(last))
+        assert messages.append(expected[-1]) == len(expected)
+        if len(expected) > most:
+            assert messages.drop_oldest() is expected.pop(0)
+        if chaos.random() < 0.02:
+            before = last - 2 * chaos.randint(0, most)
+            gone = [one for index, one in enumerate(expected) if len(expected) - index > most // 2 or one.id < before]
+            assert list(messages.trim(most // 2, before)) == gone
+            del expected[: len(gone)]
+        start = chaos.randint(0, last + 1)
+        count = chaos.randint(0, most)
+        assert messages.range(start, MAX_ID) == [one for one in expected if one.id >= start]
+        assert messages.pushed_out(count) == sum(one.size for one in expected[: max(len(expected) - count, 0)])
+        assert (len(messages), messages.first) == (len(expected), expected[0].id if expected else None)
+
+
+def test_what_was_dropped_is_let_go() -> None:
+    """At once, though its place is kept a while."""
+    first = message(10)
+    messages = Backlog(1, messages=[first, message(20), message(30)])
+    before = sys.getrefcount(first)
+
+    messages.drop_oldest()
+
+    assert sys.getrefcount(first) == before - 1
 
 
 def test_one_backlog_is_not_another() -> None:
