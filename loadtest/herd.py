@@ -5,6 +5,7 @@ that what is missing, comes twice or in the wrong order is seen at once. Publica
 count from it, however late this process was to send them.
 """
 
+import gc
 import json
 import os
 import select
@@ -119,9 +120,13 @@ class Herd:
         self._job: Job | None = None
 
     def __enter__(self) -> Self:
+        # A collection among so many objects takes up to half a second, which would be taken for the server's.
+        gc.collect()
+        gc.disable()
         return self
 
     def __exit__(self, *_: object) -> None:
+        gc.enable()
         for descriptor in (*self._channels, *self._publishers):
             os.close(descriptor)
         self._epoll.close()
