@@ -12,6 +12,7 @@ from typing import Any, Final, TypeVar
 
 import jwt
 import pytest
+import uvloop
 from aiohttp import web
 from selenium import webdriver
 from selenium.webdriver.support.ui import WebDriverWait
@@ -47,7 +48,7 @@ class Servers:
     """An event loop in a thread, on which a test has its servers while it drives the browser."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
+        self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
         self._stops: list[Callable[[], Coroutine[Any, Any, None]]] = []
