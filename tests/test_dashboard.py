@@ -17,6 +17,7 @@ from typing import Any, Final
 import pytest
 from aiohttp.test_utils import make_mocked_request
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.support.ui import WebDriverWait
 
 from pushup.dashboard import BUSIEST, HISTORY_EVERY, WATCHED_S, Feed, check_caller, figures, rank
@@ -611,7 +612,16 @@ class Dashboard:
         field.send_keys(text)
 
     def click(self, selector: str) -> None:
-        self.browser.find_element("css selector", selector).click()
+        """Once, also while the page draws its tables anew."""
+
+        def clicked() -> bool:
+            try:
+                self.browser.find_element("css selector", selector).click()
+            except StaleElementReferenceException:
+                return False
+            return True
+
+        self.until(clicked, f"hoped to click {selector}")
 
     def complaints(self) -> list[Any]:
         return list(self.browser.get_log("browser"))  # type: ignore[no-untyped-call]
