@@ -94,7 +94,8 @@ class Backlog:
 
         The floor moves to just above the newest one dropped. O(n dropped).
         """
-        self._tidy()
+        if self._dropped:
+            self._tidy()
         messages = self._messages
         if not messages:
             return ()
@@ -109,9 +110,8 @@ class Backlog:
         return dropped
 
     def _tidy(self) -> None:
-        if self._dropped:
-            del self._messages[: self._dropped]
-            self._dropped = 0
+        del self._messages[: self._dropped]
+        self._dropped = 0
 
 
 def size_of(messages: Sequence[Message]) -> int:

@@ -146,8 +146,6 @@ class Lanes:
         self.open: set[Lane] = set()
         self.handed_over: dict[Lane, WebConnection] = {}
         self._late: list[Lane | WebConnection] = []
-        self._late_since = (0.0, 0.0, 0.0)
-        """What they are late by, as `lateness` takes it."""
         self._unread: dict[Lane | WebConnection, int] = {}
         """What clients were sent and do not read, in bytes; who began it first comes first."""
         self._unread_bytes = 0
@@ -166,20 +164,19 @@ class Lanes:
         now = self.loop.time()
         if not self._late:
             since = now - settings.keepalive_timeout, now - settings.request_timeout, now - settings.write_timeout
-            self._late_since = since
             self._late += [lane for lane in self.open if lane.lateness(*since)]
             self._late += [web for web in self.handed_over.values() if web.lateness(*since)]
-            self._cut()
+            self._cut(since)
 
-    def _cut(self) -> None:
+    def _cut(self, since: tuple[float, float, float]) -> None:
         # In portions, as thousands that were late together would hold up all others.
         for _ in range(min(len(self._late), CUT_AT_ONCE)):
             connection = self._late.pop()
-            why = connection.lateness(*self._late_since)  # It may have asked meanwhile.
+            why = connection.lateness(*since)  # It may have asked meanwhile.
             if why and not connection.gone:
                 self.cut(connection, why)
         if self._late:
-            self.loop.call_soon(self._cut)
+            self.loop.call_soon(self._cut, since)
 
     def cut(self, connection: "Lane | WebConnection", why: str) -> None:
         """Close a connection, to make an end of what its client does. Who was merely idle may go in peace."""

@@ -143,14 +143,13 @@ class MemoryStore:
             self._make_room(publication, now)
         id = self._give_id(now)
         if publication.key is not None:
-            self._keys[publication.key] = (now + int(self._retention.idempotency * SECOND), publication.digest(), id)
+            self._keys[publication.key] = (now + _in_ids(self._retention.idempotency), publication.digest(), id)
         message = Message(id, channels, data)
-        announcements: list[tuple[str, int]] | None = None
+        announcements: list[tuple[str, int]] = []
         for name in channels:
             channel = known.get(name) or self._add(name, ChannelOptions(), now)
             backlog = channel.backlog
             if name in watched:
-                announcements = announcements or []
                 announcements.append((name, backlog.tail))
             count = backlog.append(message)
             self._bytes += size
@@ -161,7 +160,7 @@ class MemoryStore:
                 self._bytes -= backlog.drop_oldest().size
             if count == 1 or expires < channel.looked_at:
                 self._look(name, channel)  # Otherwise it had messages, and is due no earlier than before.
-        if announcements and self.listener is not None:
+        if self.listener is not None:
             for name, prev in announcements:
                 if name in watched:
                     self.listener.on_message(name, message, prev)

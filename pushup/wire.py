@@ -7,7 +7,6 @@ InvalidRequest with a sentence that names it. A member that is left out takes it
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
 from typing import Annotated, Any, Final, NamedTuple, TypeVar
 from urllib.parse import unquote_to_bytes
 
@@ -421,7 +420,7 @@ def _parse_plain_publications(body: bytes, settings: Settings) -> list[Publicati
     longest = max(map(len, texts), default=0)
     if longest > settings.message_bytes_max or (longest > SHORT_BYTES and any(map(nests_too_deep, texts, values))):
         return None
-    return list(map(Publication, channels, texts)) if are_plain(list(chain.from_iterable(channels))) else None
+    return list(map(Publication, channels, texts)) if are_plain([name for (name,) in channels]) else None
 
 
 def _check_batch(items: Sequence[object], settings: Settings) -> None:
