@@ -5,6 +5,8 @@ application keeps it and is asked again. A client's cursor is nothing to it.
 """
 
 import re
+import select
+import socket
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +21,10 @@ from loadtest.servers import POLL_TIMEOUT_S, START_S, Address, Server, debian_ve
 PROGRAMS: Final = ("pushpin", "condure", "zurl")
 SPARE_DESCRIPTORS: Final = 200
 """Descriptors of the process that holds the connections which are for something else."""
+
+READY_TRIES: Final = 20
+READY_PAUSE_S: Final = 0.1
+READ_BYTES: Final = 65536
 
 CONF: Final = """\
 [global]
@@ -124,5 +130,22 @@ class Pushpin(Server):
         node.expect(self._ready, START_S)
 
     def _ready(self) -> bool:
-        """Whether the whole chain to the origin answers, and the control port."""
-        return get(self.address, "/")[0] == 200 and get(self.publish_addresses[0], "/")[0] == 200
+        """Whether the whole chain delivers: a poll reaches the origin, is held, and is answered with what is published.
+
+        Less would not do: its proxy answers polls with 500 until it has found its handler, which it does not ask
+        about requests that nobody wants to be held.
+        """
+        if get(self.publish_addresses[0], "/")[0] != 200:
+            return False
+        try:
+            with socket.create_connection(self.address, START_S) as poll:
+                poll.sendall(b"".join(self.dialect.poll(["ready"], b"")))
+                for _ in range(READY_TRIES):
+                    with socket.create_connection(self.publish_addresses[0], START_S) as publisher:
+                        publisher.sendall(self.dialect.publish("ready", b"ready"))
+                        publisher.recv(READ_BYTES)
+                    if select.select([poll], [], [], READY_PAUSE_S)[0]:
+                        return poll.recv(READ_BYTES).startswith(b"HTTP/1.1 200 ")
+        except OSError:
+            pass
+        return False
