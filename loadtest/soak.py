@@ -30,6 +30,8 @@ ALLOCATORS: Final[Mapping[str, str]] = {JEMALLOC: "libjemalloc.so.2", C_LIBRARY:
 
 SEED: Final = 2026
 PUBLISHERS: Final = 4
+BYTES_MIN: Final = 50
+"""Of a message."""
 TIMEOUT_S: Final = 60
 QUIET_S: Final = 5.0
 """After the last publication; what has not come by then is lost."""
@@ -82,7 +84,7 @@ class Plan(NamedTuple):
         }
 
 
-FULL: Final = Plan((JEMALLOC,), 16_000, 1000, 3600, 600, 10, 50, 50, 4000, CLOSED_REMEMBERED)
+FULL: Final = Plan((JEMALLOC,), 16_000, 1000, 3600, 900, 10, 50, 50, 4000, CLOSED_REMEMBERED)
 FAST: Final = Plan((JEMALLOC, C_LIBRARY), 16_000, 1000, 360, 90, 1, 500, 500, 4000, CLOSED_REMEMBERED, pace=10)
 QUICK: Final = Plan((JEMALLOC,), 1000, 100, 12, 4, 0.5, 50, 50, 4000, 100)
 
@@ -175,6 +177,18 @@ class _Life:
             self._herd.run(time.monotonic_ns() + 20_000_000)
             tick()
 
+    def publish_each_size(self) -> None:
+        """One message of each size that will come. Raises FleetError.
+
+        A node remembers how publications of each length begin: that memory is full then, and does not grow for an hour.
+        """
+        tally, now = self._herd.tally, time.monotonic_ns()
+        for size in range(BYTES_MIN, self._plan.bytes_max + 1):
+            self._herd.publish(self._town.next(), now, size)
+        self._herd.run(now + int(ASK_S * 1e9), enough=lambda: tally.acknowledged == tally.published)
+        if tally.acknowledged < tally.published:
+            raise FleetError(tally.complaint or f"not all was acknowledged within {ASK_S:g} s")
+
     def jobs(self, begin: int) -> Iterator[Job]:
         """From then (ns) on, in order."""
         plan = self._plan
@@ -196,7 +210,7 @@ class _Life:
 
     def _publish(self, due: int) -> None:
         # As many short ones as long ones by order of magnitude.
-        size = int(50 * (self._plan.bytes_max / 50) ** self._chaos.random())
+        size = int(BYTES_MIN * (self._plan.bytes_max / BYTES_MIN) ** self._chaos.random())
         self._herd.publish(self._town.next(), due, size)
 
     def _change(self, due: int) -> None:
@@ -247,6 +261,7 @@ def _measure(number: int, allocator: str, plan: Plan, share: Callable[[float], N
         for _ in range(PUBLISHERS):
             herd.add_publisher(address_of(node))
         life = _Life(plan, herd, address_of(node), node.pid)
+        life.publish_each_size()
         life.park(lambda: share(0))
         herd.tally = Tally()
         begin = time.monotonic_ns()
@@ -310,7 +325,7 @@ def show(result: Result) -> Sequence[str | Chart]:
         "oldest first; as many come, to channels of which the oldest give way to new ones. Polls end after "
         f"{TIMEOUT_S} s at the latest and are sent again. Latencies count from when a publication was due. What is "
         "gained is the slope of the memory after the time left out, for an hour at the pace of one. As many channels "
-        "as a node remembers of closed ones were closed before. The Docker image has jemalloc for its allocator; a "
+        "as a node remembers of closed ones were closed before, and a message of each size was published. The Docker image has jemalloc for its allocator; a "
         "node has the C library's unless `LD_PRELOAD` says otherwise, and that one leaves more and more gaps between "
         "messages of over 512 bytes.",
         markdown(rows) if cases else "Nothing could be measured.",

@@ -58,4 +58,4 @@ def test_only_the_full_one_judges_memory_and_it_leaves_time_to_judge() -> None:
     full, quick = (scenarios(quick=quick)[0] for quick in (False, True))
 
     assert [len(list(islice(one.targets, 9))) for one in (full, quick)] == [4, 3]
-    assert FULL.seconds - FULL.settle_s == 3000
+    assert FULL.seconds - FULL.settle_s == 2700
