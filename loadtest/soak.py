@@ -325,9 +325,9 @@ def show(result: Result) -> Sequence[str | Chart]:
         "oldest first; as many come, to channels of which the oldest give way to new ones. Polls end after "
         f"{TIMEOUT_S} s at the latest and are sent again. Latencies count from when a publication was due. What is "
         "gained is the slope of the memory after the time left out, for an hour at the pace of one. As many channels "
-        "as a node remembers of closed ones were closed before, and a message of each size was published. The Docker image has jemalloc for its allocator; a "
-        "node has the C library's unless `LD_PRELOAD` says otherwise, and that one leaves more and more gaps between "
-        "messages of over 512 bytes.",
+        "as a node remembers of closed ones were closed before, and a message of each size was published. The Docker "
+        "image has jemalloc for its allocator; a node has the C library's unless `LD_PRELOAD` says otherwise, and that "
+        "one leaves more and more gaps between messages of over 512 bytes.",
         markdown(rows) if cases else "Nothing could be measured.",
     ]
     if lines:
