@@ -66,7 +66,8 @@ class Backlog:
         self._dropped = first + 1
         if first >= _DROPPED_MAX or first > len(messages) // 2:
             self._tidy()
-        self.floor = max(self.floor, message.id + 1)
+        if message.id >= self.floor:
+            self.floor = message.id + 1
         return message
 
     def covers(self, start: int) -> bool:

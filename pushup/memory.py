@@ -345,18 +345,21 @@ class MemoryBroker:
             self._store.unwatch(name)
 
     async def publish(self, publications: Sequence[Publication]) -> Sequence[Receipt | PushUpError]:
-        now = self._clock()  # Once: the rest of an array is stored within microseconds, and ids go on by themselves.
-        return [self._publish(publication, now) for publication in publications]
+        return self._publish(publications)
 
     def submit(self, publications: Sequence[Publication], tell: Tell) -> None:
-        now = self._clock()
-        tell([self._publish(publication, now) for publication in publications])
+        tell(self._publish(publications))
 
-    def _publish(self, publication: Publication, now: int) -> Receipt | PushUpError:
-        try:
-            return self._store.publish(publication, now)
-        except PushUpError as error:
-            return error
+    def _publish(self, publications: Sequence[Publication]) -> list[Receipt | PushUpError]:
+        now = self._clock()  # Once: the rest of an array is stored within microseconds, and ids go on by themselves.
+        publish = self._store.publish
+        results: list[Receipt | PushUpError] = []
+        for publication in publications:
+            try:
+                results.append(publish(publication, now))
+            except PushUpError as error:
+                results.append(error)
+        return results
 
     async def create(self, name: str | None, options: ChannelOptions) -> ChannelInfo:
         return self._store.create(name, options, self._clock())
