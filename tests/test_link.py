@@ -10,7 +10,7 @@ import pytest
 from redis.asyncio.connection import Connection
 from redis.exceptions import ResponseError
 
-from pushup.link import REPLIES_PER_TURN, Commands, ErrorReply, Link, Lost, cancel
+from pushup.link import REPLIES_PER_TURN, Batch, Commands, ErrorReply, Link, Lost, cancel
 from pushup.redis_url import parse_servers
 from pushup.servers import dial
 from tests.resp import Deed, ScriptedServer, scripted
@@ -61,21 +61,20 @@ async def recorded(server: ScriptedServer, patience: float = PATIENCE_S) -> Asyn
         await link.close()
 
 
-async def fate(future: asyncio.Future[Any]) -> object:
-    """The reply, or the error."""
-    try:
-        async with asyncio.timeout(PATIENCE_S):
-            return await future
-    except (ErrorReply, Lost) as error:
-        return error
+async def fate(batch: Batch) -> object:
+    """The reply to the one command, or the error."""
+    async with asyncio.timeout(PATIENCE_S):
+        await batch.done
+    (reply,) = batch.replies
+    return reply
 
 
 async def test_replies_come_to_their_commands() -> None:
     """Many commands are sent before the first reply, and each gets its own."""
     async with scripted(echo) as server, commands(server) as link:
-        futures = [link.call(("ECHO", str(number))) for number in range(1000)]
+        batches = [link.send([("ECHO", str(number))]) for number in range(1000)]
         assert server.commands == []
-        replies = [await fate(future) for future in futures]
+        replies = [await fate(batch) for batch in batches]
 
         assert replies == [str(number).encode() for number in range(1000)]
         assert server.connections == 1
@@ -84,7 +83,7 @@ async def test_replies_come_to_their_commands() -> None:
 async def test_words_of_any_kind() -> None:
     """Text, bytes and integers arrive as they are."""
     async with scripted(echo) as server, commands(server) as link:
-        replies = [await fate(link.call(("ECHO", word))) for word in ("é\0\r\n", b"\xff\r\n$5", 2**53 - 1, "")]
+        replies = [await fate(link.send([("ECHO", word)])) for word in ("é\0\r\n", b"\xff\r\n$5", 2**53 - 1, "")]
 
         assert replies[0] == "é\0\r\n".encode()
         assert replies[2:] == [b"9007199254740991", b""]
@@ -94,7 +93,7 @@ async def test_words_of_any_kind() -> None:
 async def test_an_error_is_one_commands_own() -> None:
     """The commands before and after it get their replies."""
     async with scripted(echo) as server, commands(server) as link:
-        one, bad, two = [link.call(call) for call in (("ECHO", "1"), ("WRONG", "NOCHANNEL", "a b"), ("ECHO", "2"))]
+        one, bad, two = [link.send([call]) for call in (("ECHO", "1"), ("WRONG", "NOCHANNEL", "a b"), ("ECHO", "2"))]
 
         error = await fate(bad)
 
@@ -119,17 +118,17 @@ async def test_an_error_is_one_commands_own() -> None:
 async def test_an_error_is_told_in_the_servers_words(text: str) -> None:
     """With the code, which redis-py takes out of some; none of them ends the connection."""
     async with scripted(echo) as server, commands(server) as link:
-        error = await fate(link.call(("WRONG", *text.split(" "))))
+        error = await fate(link.send([("WRONG", *text.split(" "))]))
 
         assert isinstance(error, ErrorReply)
         assert str(error) == text
-        assert await fate(link.call(("ECHO", "1"))) == b"1"
+        assert await fate(link.send([("ECHO", "1")])) == b"1"
 
 
 async def test_a_command_that_cannot_be_sent_ends_the_link() -> None:
     """Whoever waits hears of it at once, and does not wait for a reply that cannot come."""
     async with scripted(echo) as server, commands(server) as link:
-        good, bad = link.call(("SILENCE",)), link.call(("ECHO", "\ud800"))
+        good, bad = link.send([("SILENCE",)]), link.send([("ECHO", "\ud800")])
 
         errors = [await fate(good), await fate(bad)]
 
@@ -140,7 +139,7 @@ async def test_a_command_that_cannot_be_sent_ends_the_link() -> None:
 async def test_a_cut_connection_fails_what_waits() -> None:
     """What has no reply may have been executed; what has one keeps it."""
     async with scripted(echo) as server, commands(server) as link:
-        done, *lost = [link.call(call) for call in (("ECHO", "1"), ("CUT",), ("ECHO", "2"))]
+        done, *lost = [link.send([call]) for call in (("ECHO", "1"), ("CUT",), ("ECHO", "2"))]
 
         errors = [await fate(future) for future in lost]
 
@@ -152,9 +151,9 @@ async def test_a_cut_connection_fails_what_waits() -> None:
 async def test_after_the_end_nothing_is_sent() -> None:
     """A call that comes too late has certainly not been executed."""
     async with scripted(echo) as server, commands(server) as link:
-        await fate(link.call(("CUT",)))
+        await fate(link.send([("CUT",)]))
 
-        error = await fate(link.call(("ECHO", "late")))
+        error = await fate(link.send([("ECHO", "late")]))
 
         assert isinstance(error, Lost)
         assert (str(error), error.sent) == ("the connection is closed", False)
@@ -197,11 +196,31 @@ async def test_a_server_that_does_not_let_us_in(script: Any, reason: str) -> Non
     assert "secret" not in str(caught.value)
 
 
+async def test_a_batch_keeps_the_replies_that_came_before_the_end() -> None:
+    """What comes after the cut is lost, each command for itself."""
+    async with scripted(echo) as server, commands(server) as link:
+        batch = link.send([("ECHO", "1"), ("WRONG", "NOCHANNEL"), ("CUT",), ("ECHO", "2")])
+        async with asyncio.timeout(PATIENCE_S):
+            await batch.done
+
+        assert batch.replies[0] == b"1"
+        assert [type(reply) for reply in batch.replies[1:]] == [ErrorReply, Lost, Lost]
+
+
+async def test_one_call_gives_its_reply_or_raises() -> None:
+    async with scripted(echo) as server, commands(server) as link:
+        assert await link.call(("ECHO", "1")) == b"1"
+        with pytest.raises(ErrorReply, match="NOCHANNEL"):
+            await link.call(("WRONG", "NOCHANNEL"))
+        with pytest.raises(Lost):
+            await link.call(("CUT",))
+
+
 async def test_who_gave_up_waiting_disturbs_nobody() -> None:
     """The reply to a cancelled call is not given to the next one."""
     async with scripted(echo) as server, commands(server) as link:
-        one, two = link.call(("ECHO", "1")), link.call(("ECHO", "2"))
-        one.cancel()
+        one, two = link.send([("ECHO", "1")]), link.send([("ECHO", "2")])
+        one.done.cancel()
 
         assert await fate(two) == b"2"
 
@@ -209,8 +228,8 @@ async def test_who_gave_up_waiting_disturbs_nobody() -> None:
 async def test_who_gave_up_waiting_does_not_hinder_the_end() -> None:
     """A cut fails only those who still wait."""
     async with scripted(echo) as server, commands(server) as link:
-        one, two = link.call(("SILENCE",)), link.call(("SILENCE",))
-        one.cancel()
+        one, two = link.send([("SILENCE",)]), link.send([("SILENCE",)])
+        one.done.cancel()
         await eventually(lambda: len(server.commands) == 2, "both are sent")
         server.cut()
 
@@ -263,7 +282,7 @@ async def test_a_reply_nobody_can_deal_with_ends_the_link() -> None:
 async def test_a_reply_nobody_asked_for_ends_the_link() -> None:
     """A server that says more than it was asked for cannot be followed any more."""
     async with scripted(echo) as server, commands(server) as link:
-        assert await fate(link.call(("ECHO", "1"))) == b"1"
+        assert await fate(link.send([("ECHO", "1")])) == b"1"
         server.say("2")
         await eventually(lambda: not link.open, "it ends")
 
@@ -271,7 +290,7 @@ async def test_a_reply_nobody_asked_for_ends_the_link() -> None:
 async def test_what_is_not_redis_ends_the_link() -> None:
     """A server that speaks another protocol fails the call, which may have been executed."""
     async with scripted(lambda *words: b"HTTP/1.1 400 Bad Request\r\n\r\n") as server, commands(server) as link:
-        error = await fate(link.call(("ECHO", "1")))
+        error = await fate(link.send([("ECHO", "1")]))
 
         assert isinstance(error, Lost)
         assert error.sent
@@ -332,18 +351,18 @@ async def test_a_torrent_of_replies_lets_others_have_their_turn() -> None:
 async def test_retiring_waits_for_the_replies() -> None:
     """A connection that is replaced still brings what was asked on it."""
     async with scripted(echo) as server, commands(server) as link:
-        calls = [link.call(("ECHO", str(number))) for number in range(10)]
+        calls = [link.send([("ECHO", str(number))]) for number in range(10)]
 
         await link.retire(PATIENCE_S)
 
-        assert [call.result() for call in calls] == [str(number).encode() for number in range(10)]
+        assert [call.replies[0] for call in calls] == [str(number).encode() for number in range(10)]
         assert not link.open
 
 
 async def test_retiring_has_an_end() -> None:
     """A server that does not answer is waited for no longer than asked; its calls fail."""
     async with scripted(echo) as server, commands(server) as link:
-        call = link.call(("SILENCE",))
+        call = link.send([("SILENCE",)])
 
         await link.retire(0.05)
 
