@@ -165,15 +165,15 @@ class Node:
         self.broker.submit(publications, lambda results: tell(self._count_results(results)))
 
     def _count_results(self, results: Sequence[Receipt | PushUpError]) -> Sequence[Receipt | PushUpError]:
-        stored = [result for result in results if type(result) is Receipt and not result.duplicate]
-        self.metrics.publications += len(stored)
-        if len(stored) == len(results):
-            return results
+        stored = 0
         for result in results:
-            if isinstance(result, PushUpError):
+            if type(result) is Receipt and not result.duplicate:
+                stored += 1
+            elif isinstance(result, PushUpError):
                 self.metrics.publications_refused += 1
-            elif result.duplicate:
+            else:
                 self.metrics.publications_duplicate += 1
+        self.metrics.publications += stored
         return results
 
     # The broker's listener
