@@ -322,13 +322,11 @@ async def test_closing_does_not_wait_for_a_server_that_does_not_read() -> None:
 
 
 class Torrent(Connection):
-    """A connection that always has a further reply."""
+    """A connection that has more replies than anybody wants."""
 
     async def connect(self) -> None:
-        pass
-
-    async def read_response(self, *arguments: Any, **options: Any) -> Any:
-        return b"more"
+        self._reader = asyncio.StreamReader()
+        self._reader.feed_data(b"+more\r\n" * 10_000)
 
     async def disconnect(self, *arguments: Any, **options: Any) -> None:
         pass
