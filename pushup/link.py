@@ -1,7 +1,8 @@
 """One connection to a Redis server: commands are sent ahead, replies come in order, nothing is repeated in secret.
 
-redis-py's connection does what it does well: TCP, TLS, authentication, the protocol. Its clients and pools are left out
-on purpose: they repeat commands and resubscribe by themselves, and then nobody can say what was stored or missed.
+redis-py's connection does what it does well: TCP, TLS, authentication; hiredis packs and parses. Clients and pools of
+redis-py are left out on purpose: they repeat commands and resubscribe by themselves, and then nobody can say what was
+stored or missed.
 """
 
 import asyncio
@@ -123,12 +124,12 @@ class Link:
             self.end("a command could not be sent")
 
     async def _read(self) -> None:
-        # From the stream itself: redis-py takes several times as long for a reply as hiredis does to parse it.
-        stream = self._connection._reader
-        assert stream is not None
         reader = hiredis.Reader(replyError=ErrorReply, notEnoughData=_NOTHING)
         count = 0
         try:
+            # From the stream itself: redis-py takes several times as long for a reply as hiredis does to parse it.
+            stream = self._connection._reader
+            assert stream is not None
             while data := await stream.read(READ_BYTES):
                 reader.feed(data)
                 while self.open and (reply := reader.gets()) is not _NOTHING:

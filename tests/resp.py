@@ -116,6 +116,16 @@ def encode(reply: Any) -> bytes:
     return f"-{reply}\r\n".encode()
 
 
+def encode_again(reply: Any) -> bytes:
+    """The same, of a reply as a client has it: strings are bytes."""
+    match reply:
+        case bytes():
+            return encode(reply.decode(errors="surrogateescape"))
+        case list():
+            return b"*%d\r\n%b" % (len(reply), b"".join(map(encode_again, reply)))
+    return encode(reply)
+
+
 @asynccontextmanager
 async def scripted(script: Script = ok) -> AsyncIterator[ScriptedServer]:
     """A scripted server on a free port."""

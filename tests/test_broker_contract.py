@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, cast
 from uuid import uuid4
 
 import pytest
@@ -23,6 +23,7 @@ from pushup.messages import ChannelOptions, History, Message, NodeInfo, Publicat
 from pushup.redis_broker import RedisBroker
 from pushup.redis_url import Servers, parse_servers
 from tests.redis_server import RedisServer
+from tests.resp import encode_again
 from tests.support import PATIENCE_S, eventually
 
 ABOUT = NodeInfo("me", "127.0.0.1:1", "127.0.0.1:2", "1", "ready", 1, 1, 0, 0, 0, 0, 0)
@@ -65,12 +66,30 @@ async def memory(retention: Retention) -> AsyncIterator[tuple[Broker, Recorder]]
         await broker.stop()
 
 
+class Encoded:
+    """What fakeredis replies, objects, as the bytes in which Redis would."""
+
+    def __init__(self, reader: Any) -> None:
+        self._reader = reader
+
+    async def read(self, size: int) -> bytes:
+        return encode_again(await self._reader.read(size))
+
+
+class FakeConnection(FakeAsyncRedisConnection):
+    """One whose stream can be read."""
+
+    async def connect(self) -> None:
+        await super().connect()  # type: ignore[no-untyped-call]
+        self._reader = cast(Any, Encoded(self._reader))
+
+
 @asynccontextmanager
 async def fake(retention: Retention) -> AsyncIterator[tuple[Broker, Recorder]]:
     """fakeredis: the same functions in a Redis that is not one."""
     server = FakeServer()
     async with redis_broker(
-        parse_servers("redis://fake"), retention, lambda address: FakeAsyncRedisConnection(server=server, protocol=2)
+        parse_servers("redis://fake"), retention, lambda address: FakeConnection(server=server, protocol=2)
     ) as started:
         yield started
 

@@ -173,12 +173,9 @@ class Fleeting(Connection):
     """A connection that breaks with its first reply."""
 
     async def connect(self) -> None:
-        self.replies = [VERSION]
-
-    async def read_response(self, *arguments: Any, **options: Any) -> Any:
-        if not self.replies:
-            raise redis.ConnectionError("gone")
-        return self.replies.pop()
+        self._reader = asyncio.StreamReader()
+        self._reader.feed_data(b":%d\r\n" % VERSION)
+        self._reader.feed_eof()
 
     async def send_packed_command(self, *arguments: Any, **options: Any) -> None:
         await asyncio.Event().wait()

@@ -6,12 +6,13 @@ import json
 import math
 import socket
 import subprocess
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 
+import hiredis
 import pytest
 from redis import ResponseError
 from redis.asyncio.connection import AbstractConnection
@@ -27,6 +28,7 @@ from pushup.redis_url import parse_servers
 from pushup.server import Server
 from pushup.servers import dial
 from tests.redis_server import RedisServer
+from tests.resp import encode_again
 from tests.support import PATIENCE_S, Client, connected, eventually, parked, running
 from tests.test_broker_contract import Recorder, caught_up, redis_broker
 
@@ -72,6 +74,28 @@ def ids(answer: Any) -> list[int]:
     return [message["id"] for message in answer["messages"]]
 
 
+class DeafReader:
+    """A stream without those announcements that are swallowed."""
+
+    def __init__(self, stream: Any, swallows: Callable[[bytes], bool]) -> None:
+        self._stream = stream
+        self._swallows = swallows
+        self._parser = hiredis.Reader()
+
+    async def read(self, size: int) -> bytes:
+        while data := await self._stream.read(size):
+            self._parser.feed(data)
+            replies = iter(self._parser.gets, False)
+            heard = [
+                reply
+                for reply in replies
+                if not (type(reply) is list and reply[0] == b"smessage" and self._swallows(reply[2]))
+            ]
+            if heard:
+                return b"".join(map(encode_again, heard))
+        return b""
+
+
 class Deaf:
     """Makes connections on which some of what Redis announces is lost, while they look healthy."""
 
@@ -82,18 +106,16 @@ class Deaf:
 
     def __call__(self, address: Address) -> AbstractConnection:
         connection = dial(self._servers, address, PATIENCE_S)
-        hear = connection.read_response
+        connect = connection.connect
 
-        async def read_response(*arguments: Any, **options: Any) -> Any:
-            while True:
-                reply = await hear(*arguments, **options)
-                if not (type(reply) is list and reply[0] == b"smessage" and self._swallows(reply[2])):
-                    return reply
+        async def connect_deaf() -> None:
+            await connect()  # type: ignore[no-untyped-call]
+            connection._reader = cast(Any, DeafReader(connection._reader, self.swallows))
 
-        connection.read_response = read_response  # type: ignore[method-assign]
+        connection.connect = connect_deaf  # type: ignore[method-assign]
         return connection
 
-    def _swallows(self, payload: bytes) -> bool:
+    def swallows(self, payload: bytes) -> bool:
         return any(part in payload for part in self.swallow)
 
 
