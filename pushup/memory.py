@@ -125,46 +125,56 @@ class MemoryStore:
 
     def publish(self, publication: Publication, now: int) -> Receipt:
         """Store and announce. O(channels + polls). Raises ChannelNotFound, KeyReused, RealmFull."""
-        if publication.key is not None:
+        channels, data, key = publication.channels, publication.data, publication.key
+        known, watched = self._channels, self._watched
+        size, room = len(data), self._retention.realm_bytes - self._bytes
+        if key is None and len(channels) == 1 and size <= room:
+            # The short cut, for there may be hundreds of thousands in a second: nobody polls, nothing comes into being.
+            (name,) = channels
+            channel = known.get(name)
+            if channel is not None and name not in watched:
+                id = self._give_id(now)
+                self._keep(name, channel, Message(id, channels, data), size, now)
+                return Receipt(id)
+        if key is not None:
             self._forget_keys(now)
-            seen = self._keys.get(publication.key)
+            seen = self._keys.get(key)
             if seen is not None:
                 _, digest, id = seen
                 if digest != publication.digest():
-                    raise KeyReused(f"key {publication.key!r} was used for a different publication")
+                    raise KeyReused(f"key {key!r} was used for a different publication")
                 return Receipt(id, duplicate=True)
-        channels, data = publication.channels, publication.data
-        known, watched = self._channels, self._watched
         for name in channels:
             if name not in known and not self._comes_into_being(name):
                 raise ChannelNotFound(show_channel(name))
-        size = len(data)
-        if self._bytes + len(channels) * size > self._retention.realm_bytes:
+        if len(channels) * size > room:
             self._make_room(publication, now)
         id = self._give_id(now)
-        if publication.key is not None:
-            self._keys[publication.key] = (now + _in_ids(self._retention.idempotency), publication.digest(), id)
+        if key is not None:
+            self._keys[key] = (now + _in_ids(self._retention.idempotency), publication.digest(), id)
         message = Message(id, channels, data)
         announcements: list[tuple[str, int]] = []
         for name in channels:
             channel = known.get(name) or self._add(name, ChannelOptions(), now)
-            backlog = channel.backlog
             if name in watched:
-                announcements.append((name, backlog.tail))
-            count = backlog.append(message)
-            self._bytes += size
-            expires = channel.expires = now + channel.lasts
-            if channel.looked_at <= now:
-                self._trim(channel, now)  # Otherwise nothing of it is too old yet.
-            elif count > channel.max_messages:
-                self._bytes -= backlog.drop_oldest().size
-            if count == 1 or expires < channel.looked_at:
-                self._look(name, channel)  # Otherwise it had messages, and is due no earlier than before.
+                announcements.append((name, channel.backlog.tail))
+            self._keep(name, channel, message, size, now)
         if self.listener is not None:
             for name, prev in announcements:
                 if name in watched:
                     self.listener.on_message(name, message, prev)
         return Receipt(id)
+
+    def _keep(self, name: str, channel: _Channel, message: Message, size: int, now: int) -> None:
+        count = channel.backlog.append(message)
+        self._bytes += size
+        expires = channel.expires = now + channel.lasts
+        if channel.looked_at <= now:
+            self._trim(channel, now)  # Otherwise nothing of it is too old yet.
+        elif count > channel.max_messages:
+            self._bytes -= channel.backlog.drop_oldest().size
+        if count == 1 or expires < channel.looked_at:
+            self._look(name, channel)  # Otherwise it had messages, and is due no earlier than before.
 
     def create(self, name: str | None, options: ChannelOptions, now: int) -> ChannelInfo:
         if name is None:
