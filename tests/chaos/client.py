@@ -87,7 +87,8 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self.open = False
         self._fail(f"the connection was lost: {error}" if error else "the connection was closed")
-        self._closed.set_result(None)
+        if not self._closed.done():  # Whoever was cancelled while waiting for it has cancelled it.
+            self._closed.set_result(None)
 
     def _fail(self, reason: str) -> None:
         if self._waiter is not None and not self._waiter.done():
