@@ -415,12 +415,13 @@ def _parse_plain_publications(body: bytes, settings: Settings) -> list[Publicati
         return None
     try:
         items: Sequence[_PlainBody] = _plain_list.decode(body)
-        values = list(map(_anything.decode, [item.data for item in items]))  # Raw leaves its insides unchecked.
+        raws = [item.data for item in items]
+        values = list(map(_anything.decode, raws))  # Raw leaves its insides unchecked.
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     _check_batch(items, settings)
     channels = [item.channels for item in items]
-    texts = [bytes(item.data) for item in items]
+    texts = list(map(bytes, raws))
     longest = max(map(len, texts), default=0)
     if longest > settings.message_bytes_max or (longest > SHORT_BYTES and any(map(nests_too_deep, texts, values))):
         return None
