@@ -327,7 +327,7 @@ def show(result: Result) -> Sequence[str | Chart]:
         "gained is the slope of the memory after the time left out, for an hour at the pace of one. As many channels "
         "as a node remembers of closed ones were closed before, and a message of each size was published. The Docker "
         "image has jemalloc for its allocator; a node has the C library's unless `LD_PRELOAD` says otherwise, and that "
-        "one leaves more and more gaps between messages of over 512 bytes.",
+        "one leaves gaps between messages of over 512 bytes.",
         markdown(rows) if cases else "Nothing could be measured.",
     ]
     if lines:
