@@ -9,6 +9,7 @@ import select
 import socket
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -137,15 +138,12 @@ class Pushpin(Server):
         """
         if get(self.publish_addresses[0], "/")[0] != 200:
             return False
-        try:
-            with socket.create_connection(self.address, START_S) as poll:
-                poll.sendall(b"".join(self.dialect.poll(["ready"], b"")))
-                for _ in range(READY_TRIES):
-                    with socket.create_connection(self.publish_addresses[0], START_S) as publisher:
-                        publisher.sendall(self.dialect.publish("ready", b"ready"))
-                        publisher.recv(READ_BYTES)
-                    if select.select([poll], [], [], READY_PAUSE_S)[0]:
-                        return poll.recv(READ_BYTES).startswith(b"HTTP/1.1 200 ")
-        except OSError:
-            pass
+        with suppress(OSError), socket.create_connection(self.address, START_S) as poll:
+            poll.sendall(b"".join(self.dialect.poll(["ready"], b"")))
+            for _ in range(READY_TRIES):
+                with socket.create_connection(self.publish_addresses[0], START_S) as publisher:
+                    publisher.sendall(self.dialect.publish("ready", b"ready"))
+                    publisher.recv(READ_BYTES)
+                if select.select([poll], [], [], READY_PAUSE_S)[0]:
+                    return poll.recv(READ_BYTES).startswith(b"HTTP/1.1 200 ")
         return False

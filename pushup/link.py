@@ -167,6 +167,11 @@ class Batch:
             self.done.set_result(None)
         return True
 
+    def lose(self, error: Lost) -> None:
+        """This instead of all replies that are missing."""
+        while not self.take(error):
+            pass
+
 
 class Commands:
     """A link whose commands each get their reply."""
@@ -191,7 +196,7 @@ class Commands:
             for call in calls:
                 self._link.send(call)
         else:
-            _lose(batch, Lost("the connection is closed", sent=False))
+            batch.lose(Lost("the connection is closed", sent=False))
         return batch
 
     async def call(self, call: Call) -> Any:
@@ -224,9 +229,4 @@ class Commands:
     def _ended(self, reason: str) -> None:
         waiting, self._waiting = self._waiting, deque()
         for batch in waiting:
-            _lose(batch, Lost(reason))
-
-
-def _lose(batch: Batch, error: Lost) -> None:
-    while not batch.take(error):
-        pass
+            batch.lose(Lost(reason))

@@ -133,8 +133,7 @@ class MemoryStore:
             (name,) = channels
             channel = known.get(name)
             if channel is not None and name not in watched:
-                id = now if now > self.next else self.next
-                self.next = id + 1
+                id = self._give_id(now)
                 self._keep(name, channel, Message(id, channels, data), size, now)
                 return Receipt(id)
         if key is not None:

@@ -122,7 +122,7 @@ def encode_again(reply: Any) -> bytes:
         case bytes():
             return encode(reply.decode(errors="surrogateescape"))
         case list():
-            return b"*%d\r\n%b" % (len(reply), b"".join(map(encode_again, reply)))
+            return encode(list(map(encode_again, reply)))
     return encode(reply)
 
 

@@ -141,7 +141,7 @@ async def test_a_cut_connection_fails_what_waits() -> None:
     async with scripted(echo) as server, commands(server) as link:
         done, *lost = [link.send([call]) for call in (("ECHO", "1"), ("CUT",), ("ECHO", "2"))]
 
-        errors = [await fate(future) for future in lost]
+        errors = [await fate(batch) for batch in lost]
 
         assert await fate(done) == b"1"
         assert [(type(error), getattr(error, "sent", None)) for error in errors] == [(Lost, True), (Lost, True)]
