@@ -31,6 +31,9 @@ DEFAULT_ANSWER_BYTES: Final = 1024 * 1024
 DEFAULT_BACKLOG: Final = 1000
 DEFAULT_LINGER_S: Final = 60.0
 
+COMPANY_MAX: Final = 64
+"""So many polls that ask the same are one subscription: they end together, so it must not be all of them."""
+
 ANSWERS_BYTES_MAX: Final = 4 * 1024 * 1024
 """How much of the latest answers is kept for polls that are to be told the same."""
 _ANSWER_BYTES: Final = 500
@@ -45,8 +48,22 @@ class Owner(Protocol):
     def fail(self, error: PushUpError) -> None: ...
 
 
+class Company(dict[Owner, None]):
+    """Owners of polls that came one right after the other and asked the same, in that order."""
+
+    __slots__ = ()
+
+    def answer(self, answer: Answer) -> None:
+        for owner in self:
+            owner.answer(answer)
+
+    def fail(self, error: PushUpError) -> None:
+        for owner in self:
+            owner.fail(error)
+
+
 class Subscription(msgspec.Struct, eq=False):
-    """One poll that waits here, until the deadline `tick` (in ticks of the hub's clock).
+    """What waits here, until the deadline `tick` (in ticks of the hub's clock): one poll, or several with a `Company`.
 
     `unknown` counts its channels that are not known up to date; it stays silent while there are any.
     """
@@ -61,6 +78,11 @@ class Subscription(msgspec.Struct, eq=False):
     unknown: int = 0
     latest: int = 0
     """If it asked for news from now on: an id not later than now. `start` is an estimate until all are known."""
+
+    @property
+    def polls(self) -> int:
+        """How many polls these are."""
+        return len(self.owner) if type(self.owner) is Company else 1
 
 
 Waiting = tuple[()] | Subscription | dict[Subscription, None]
@@ -130,6 +152,10 @@ class Channel:
         self.window = 0.0
         self.max_messages = 0
 
+    def count_parked(self) -> int:
+        """How many polls wait here. O(subscriptions)."""
+        return count_polls(_each(self.parked))
+
     def gap(self, start: int) -> bool:
         """Whether a poll from `start` on may have missed something of this channel. O(1)."""
         return self.backlog.gap(start) or self.blind[0] < start <= self.blind[1]
@@ -146,6 +172,11 @@ class Read:
         self.doubts = channel.doubts
         self.first = not channel.known and not channel.backlog.tail
         """Whether nothing is known of the channel yet."""
+
+
+def count_polls(subscriptions: Iterable[Subscription]) -> int:
+    """How many polls these subscriptions are. O(their number)."""
+    return sum([subscription.polls for subscription in subscriptions])
 
 
 Replies = Sequence[tuple[Answer, Sequence[Subscription]]]
@@ -179,6 +210,10 @@ class Hub:
         self._answers: dict[tuple[tuple[Channel, ...], int, int, bool], tuple[int, Answer]] = {}
         """The latest answers with messages, each with its channels' `changes` at the time, by what was asked."""
         self._answers_bytes = 0
+        self._last: Subscription | None = None
+        """What was parked last, while it is certain to be parked still and its channels are known."""
+        self._last_poll: Poll | None = None
+        """What that asked."""
         self.position = 0
         """Every message of a known channel with a smaller id has been delivered; what comes later is not smaller."""
         self.parked = 0
@@ -200,6 +235,27 @@ class Hub:
         return self._settle(self._held, now) if self._held else ()
 
     # Subscribing
+
+    def join(self, poll: Poll, owner: Owner, earliest: float) -> Subscription | None:
+        """The short cut of `park` for thousands who ask the same: what was parked last is their subscription, too.
+
+        None if that is not of this very `Poll`, or ends before `earliest`: by then the deadline may be. What is still
+        parked has been told nothing from its start on, which is as true of a new poll with the same start. O(1).
+        """
+        subscription = self._last
+        if subscription is None or poll is not self._last_poll:
+            return None
+        if subscription.tick < earliest * TICKS_PER_SECOND or subscription.unknown:
+            return None
+        company = subscription.owner
+        if type(company) is not Company:
+            subscription.owner = Company({company: None, owner: None})
+        elif len(company) < COMPANY_MAX:
+            company[owner] = None
+        else:
+            return None
+        self.parked += 1
+        return subscription
 
     def park(self, poll: Poll, owner: Owner, deadline: float) -> Subscription | None:
         """The short cut of `subscribe` for the most frequent poll: all channels known, and nothing new. Else None.
@@ -231,6 +287,7 @@ class Hub:
                 channel.parked = _add(parked, subscription)
         self._await_deadline(subscription)
         self.parked += 1
+        self._last, self._last_poll = subscription, poll
         return subscription
 
     def subscribe(
@@ -276,12 +333,22 @@ class Hub:
                 self._idle.pop(channel, None)
             channel.parked = _add(channel.parked, subscription)
         self.parked += 1
+        if not subscription.unknown and subscription not in self._held:
+            self._last, self._last_poll = subscription, poll
         return subscription
 
-    def leave(self, subscription: Subscription, now: float) -> bool:
-        """The client has gone. False, and nothing done, if the subscription was answered before. O(its channels)."""
+    def leave(self, subscription: Subscription, owner: Owner, now: float) -> bool:
+        """The client has gone. False, and nothing done, if it does not wait any more. O(its channels)."""
         if subscription not in _each(subscription.channels[0].parked):
             return False
+        company = subscription.owner
+        if type(company) is Company:
+            if owner not in company:
+                return False
+            if len(company) > 1:
+                del company[owner]
+                self.parked -= 1
+                return True
         self._remove((subscription,), now)
         return True
 
@@ -454,12 +521,12 @@ class Hub:
     def busiest(self, count: int) -> list[tuple[str, int, int]]:
         """Up to `count` channels with the most parked polls here, then up to `count` with the most messages kept here.
 
-        Name, polls, messages; a channel may be in both. O(channels).
+        Name, polls, messages; a channel may be in both. O(channels + subscriptions).
         """
         found: list[Channel] = []
-        for measure in (lambda channel: len(_each(channel.parked)), lambda channel: len(channel.backlog)):
+        for measure in (Channel.count_parked, lambda channel: len(channel.backlog)):
             found += heapq.nlargest(count, self._channels.values(), key=measure)
-        return [(channel.name, len(_each(channel.parked)), len(channel.backlog)) for channel in found]
+        return [(channel.name, channel.count_parked(), len(channel.backlog)) for channel in found]
 
     def _open(self, name: str) -> Channel:
         channel = self._channels[name] = Channel(name)
@@ -512,7 +579,8 @@ class Hub:
                     channel.unsure = _discard(channel.unsure, subscription)
         if self._held:
             self._held.difference_update(subscriptions)
-        self.parked -= len(subscriptions)
+        self._last = None
+        self.parked -= count_polls(subscriptions)
 
     def _keep_early(self, channel: Channel, message: Message, prev: int) -> None:
         # Dropping the oldest breaks the chain of `prev`, which `learn` sees: then the channel is read once more.
@@ -598,14 +666,18 @@ class Hub:
             beyond = max(channel.backlog.floor for channel in subscription.channels)
             next = max(self._next(subscription), beyond)
             if subscription.parks and next <= max(channel.blind[1] for channel in subscription.channels):
-                self._held.add(subscription)
+                self._hold(subscription)
                 return None
             return Answer((), next, "gap", gap=True)
         if not subscription.parks or self.position > subscription.end:
             return Answer((), self._next(subscription), "timeout")
         if held:
-            self._held.add(subscription)
+            self._hold(subscription)
         return None
+
+    def _hold(self, subscription: Subscription) -> None:
+        self._held.add(subscription)
+        self._last = None  # Who asks for the latest now may not be told what this one is to be told.
 
     def _remember(self, asked: tuple[tuple[Channel, ...], int, int, bool], changes: int, answer: Answer) -> None:
         self._answers_bytes += _ANSWER_BYTES + sum([len(text) for _, text in answer.messages])

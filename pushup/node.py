@@ -9,7 +9,7 @@ from itertools import islice
 
 from pushup.broker import Broker, Tell, now_us
 from pushup.errors import ChannelNotFound, PushUpError, Unavailable
-from pushup.hub import TICKS_PER_SECOND, Hub, Owner, Read, Replies, Subscription
+from pushup.hub import TICKS_PER_SECOND, Hub, Owner, Read, Replies, Subscription, count_polls
 from pushup.messages import SECOND, Answer, Message, NodeInfo, Poll, Publication, Receipt, show_channel
 from pushup.metrics import Metrics, RealmMetrics
 from pushup.settings import Settings
@@ -100,6 +100,10 @@ class Node:
         """Answer at once, or park, for `most` seconds at most: then `owner` is told later, once. O(log n)."""
         hub = self._hub
         now = self._loop.time()
+        if most >= poll.timeout:
+            parked = hub.join(poll, owner, now + poll.timeout * (1 - self._jitter))
+            if parked is not None:
+                return parked
         timeout = poll.timeout * (1 - self._jitter * random.random())
         if most < timeout:
             timeout = most
@@ -117,9 +121,9 @@ class Node:
             self._rearm()
         return parked
 
-    def leave(self, subscription: Subscription) -> None:
+    def leave(self, subscription: Subscription, owner: Owner) -> None:
         """The client has gone."""
-        if self._hub.leave(subscription, self._loop.time()):
+        if self._hub.leave(subscription, owner, self._loop.time()):
             self.metrics.answers["gone"] += 1
 
     async def drain(self, window: float) -> None:
@@ -229,9 +233,10 @@ class Node:
         for answer, subscriptions in replies:
             for subscription in subscriptions:
                 subscription.owner.answer(answer)
-            self._count(answer, len(subscriptions))
+            polls = count_polls(subscriptions)
+            self._count(answer, polls)
             if message is not None:
-                self.metrics.lag.observe(max(now_us() - message.id, 0) / 1e6, len(subscriptions))
+                self.metrics.lag.observe(max(now_us() - message.id, 0) / 1e6, polls)
 
     def _count(self, answer: Answer, times: int) -> None:
         self.metrics.answers[answer.reason] += times
@@ -301,7 +306,7 @@ class Node:
 
     def _fail(self, read: Read, error: PushUpError) -> None:
         for subscription in self._hub.fail(read, self._loop.time()):
-            self.metrics.answers["error"] += 1
+            self.metrics.answers["error"] += subscription.polls
             subscription.owner.fail(error)
 
     def _rearm(self) -> None:

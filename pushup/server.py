@@ -22,7 +22,7 @@ from pushup.admin import make_admin_app
 from pushup.broker import Broker
 from pushup.demo import add_demo
 from pushup.errors import PushUpError, SettingsError
-from pushup.lane import Lane, Lanes
+from pushup.lane import TICK_S, Lane, Lanes
 from pushup.memory import MemoryBroker
 from pushup.messages import Retention
 from pushup.metrics import Metrics
@@ -37,7 +37,6 @@ from pushup.web import WebConnection, make_app
 log = logging.getLogger("pushup.server")
 
 ACCEPT_BACKLOG: Final = 4096
-TICK_S: Final = 1.0
 TLS_SHUTDOWN_TIMEOUT_S: Final = 1.0
 """How long a client may take to agree that a connection is closed."""
 FLUSH_TIMEOUT_S: Final = 5.0

@@ -63,7 +63,7 @@ async def ask(realm: Realm, grant: Grant | None, poll: Poll) -> Answer:
         try:
             answer = await waiter.answered
         except asyncio.CancelledError:
-            realm.node.leave(subscription)
+            realm.node.leave(subscription, waiter)
             raise
         if grant is not None and grant.expires <= time():
             raise TokenExpired("the token expired while the poll waited")

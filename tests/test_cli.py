@@ -456,8 +456,8 @@ def test_sigterm_drains_over_the_window() -> None:
     """Parked polls are answered with a cursor, spread over the drain window; readiness is off; the exit status is 0."""
     with serving("--drain-window", "0.6") as process:
         polls = [HTTPConnection(process.address, timeout=PATIENCE_S) for _ in range(24)]
-        for poll in polls:
-            poll.request("GET", "/poll?channel=news")
+        for number, poll in enumerate(polls):
+            poll.request("GET", f"/poll?channel=news{number}")  # Up to 64 that ask the same go together.
         wait_for_parked(process, 24)
 
         started = time.monotonic()

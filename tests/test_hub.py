@@ -8,7 +8,7 @@ from itertools import count
 import pytest
 
 from pushup.errors import PushUpError
-from pushup.hub import ANSWERS_BYTES_MAX, TICKS_PER_SECOND, Hub, Read, Replies, Subscription
+from pushup.hub import ANSWERS_BYTES_MAX, COMPANY_MAX, TICKS_PER_SECOND, Company, Hub, Read, Replies, Subscription
 from pushup.messages import LATEST, MAX_ID, Answer, History, Message, Poll
 
 WINDOW_S = 1000.0
@@ -58,7 +58,7 @@ def known(hub: Hub, *channels: str, position: int = 1) -> None:
     for name in channels:
         subscription = parked(hub, name, start=1)
         hub.learn(take(hub, name), history(position=position), 0.0)
-        hub.leave(subscription, 0.0)
+        hub.leave(subscription, subscription.owner, 0.0)
 
 
 def ids(replies: Replies) -> list[list[int]]:
@@ -482,11 +482,11 @@ def test_a_client_that_leaves_is_freed_at_once() -> None:
     known(hub, "a")
     setting_up, waiting, served = parked(hub, "b", "a"), parked(hub, "a", start=1), parked(hub, "a", start=1)
 
-    left = [hub.leave(setting_up, 0.0), hub.leave(waiting, 0.0)]
+    left = [hub.leave(setting_up, setting_up.owner, 0.0), hub.leave(waiting, waiting.owner, 0.0)]
     hub.deliver("a", message(5, "a"), 0, 0.0)
 
     assert left == [True, True]
-    assert hub.leave(served, 0.0) is False
+    assert hub.leave(served, served.owner, 0.0) is False
     assert hub.parked == 0
 
 
@@ -532,7 +532,7 @@ def test_draining_ends_polls_with_their_cursor() -> None:
     first, second, third = (parked(hub, "a", start=1, timeout=timeout) for timeout in (10.0, 20.0, 30.0))
     hub.advance(50, 0.0)
     order = hub.waiting()
-    hub.leave(second, 0.0)
+    hub.leave(second, second.owner, 0.0)
 
     replies = hub.drain(order[:2], 0.0)
 
@@ -772,7 +772,9 @@ def test_what_is_known_of_a_forgotten_channel_goes_at_once() -> None:
     known(hub, "closed", "idle")
     for name in ("closed", "idle"):
         hub.deliver(name, message(5, name), 0, 1.0)
-    hub.leave(parked(hub, "idle", start=6), 1.0)
+    idle = parked(hub, "idle", start=6)
+    hub.leave(idle, idle.owner, 1.0)
+    del idle
     kept = [hub._channels[name].backlog for name in ("closed", "idle")]
     gc.collect()
     gc.disable()
@@ -783,3 +785,170 @@ def test_what_is_known_of_a_forgotten_channel_goes_at_once() -> None:
         assert [sys.getrefcount(backlog) for backlog in kept] == [3, 3]  # The list, the loop, the call.
     finally:
         gc.enable()
+
+
+# Polls that ask the same
+
+
+def company(hub: Hub, asked: Poll, count: int) -> tuple[Subscription, list[Owner]]:
+    """So many polls of known channels that are one subscription."""
+    owners = [Owner() for _ in range(count)]
+    first = hub.park(asked, owners[0], asked.timeout)
+    assert first is not None
+    for owner in owners[1:]:
+        assert hub.join(asked, owner, asked.timeout) is first
+    return first, owners
+
+
+def test_polls_that_ask_the_same_are_one_subscription() -> None:
+    """Its owner is all of theirs, in the order they came; each counts."""
+    hub = Hub()
+    known(hub, "a", "b")
+
+    subscription, owners = company(hub, poll("a", "b", start=5), 3)
+    parked_before = hub.parked
+    replies = hub.deliver("b", message(5, "b"), 0, 0.0)
+
+    assert parked_before == subscription.polls == 3
+    assert isinstance(subscription.owner, Company)
+    assert list(subscription.owner) == owners
+    assert told(replies) == [subscription]
+    assert hub.parked == 0
+
+
+def test_owners_in_company_are_all_told() -> None:
+    told_so: list[object] = []
+
+    class Told(Owner):
+        def answer(self, answer: Answer) -> None:
+            told_so.append((self, answer))
+
+        def fail(self, error: PushUpError) -> None:
+            told_so.append((self, error))
+
+    first, second = Told(), Told()
+    answer, error = Answer((), 1, "timeout"), PushUpError("no")
+    together = Company({first: None, second: None})
+
+    together.answer(answer)
+    together.fail(error)
+
+    assert told_so == [(first, answer), (second, answer), (first, error), (second, error)]
+
+
+def test_an_equal_poll_is_not_the_same() -> None:
+    """That it is the very same object is what makes it cheap."""
+    hub = Hub()
+    known(hub, "a")
+    company(hub, poll("a", start=5), 1)
+
+    assert hub.join(poll("a", start=5), Owner(), 0.0) is None
+
+
+def test_nobody_joins_what_ends_too_early() -> None:
+    """Not even by less than a tick of the clock."""
+    hub = Hub()
+    known(hub, "a")
+    asked = poll("a", start=5, timeout=30.0)
+    subscription, _ = company(hub, asked, 1)
+
+    assert hub.join(asked, Owner(), 30.0 + 0.1 / TICKS_PER_SECOND) is None
+    assert hub.join(asked, Owner(), 30.0) is subscription
+
+
+def test_a_company_is_bounded() -> None:
+    """Or thousands would end together, whatever the jitter."""
+    hub = Hub()
+    known(hub, "a")
+    asked = poll("a", start=5)
+    company(hub, asked, COMPANY_MAX)
+
+    assert hub.join(asked, Owner(), 0.0) is None
+
+
+def test_nobody_joins_what_has_been_answered() -> None:
+    hub = Hub()
+    known(hub, "a")
+    asked = poll("a", start=5)
+    company(hub, asked, 2)
+
+    hub.deliver("a", message(7, "a"), 0, 0.0)
+
+    assert hub.join(asked, Owner(), 0.0) is None
+    assert hub.park(asked, Owner(), 30.0) is None
+
+
+def test_nobody_joins_what_waits_for_a_read() -> None:
+    """A poll that comes later may need more read than was wanted."""
+    hub = Hub()
+    known(hub, "a")
+    asked = poll("a", start=5)
+    company(hub, asked, 2)
+
+    hub.doubt(["a"])
+
+    assert hub.join(asked, Owner(), 0.0) is None
+
+
+def test_who_asks_for_the_latest_joins_who_did() -> None:
+    """As long as nothing has come since."""
+    hub = Hub()
+    known(hub, "a")
+    asked = poll("a", start=LATEST)
+    first = hub.subscribe(asked, Owner(), 0.0)
+
+    joined = hub.join(asked, Owner(), 0.0)
+    hub.deliver("a", message(7, "a"), 0, 0.0)
+
+    assert joined is first
+    assert hub.join(asked, Owner(), 0.0) is None
+
+
+def test_who_asks_for_the_latest_does_not_join_what_is_held_back() -> None:
+    """What the other is to be told, once its second channel has come as far, was published before."""
+    hub = Hub()
+    known(hub, "a", "b")
+    asked = poll("a", "b", start=LATEST)
+    hub.subscribe(asked, Owner(), 0.0)
+    hub.doubt(["a"])
+
+    replies = hub.learn(take(hub, "a"), history(message(7, "a"), position=20), 0.0)
+
+    assert list(replies) == []
+    assert hub.join(asked, Owner(), 0.0) is None
+
+
+def test_one_of_a_company_leaves() -> None:
+    """The others wait on. When the last has left, nothing is left of it."""
+    hub = Hub()
+    known(hub, "a")
+    subscription, (first, second, third) = company(hub, poll("a", start=5), 3)
+
+    assert hub.leave(subscription, second, 0.0) is True
+    assert hub.leave(subscription, second, 0.0) is False
+    assert isinstance(subscription.owner, Company)
+    assert (list(subscription.owner), hub.parked) == ([first, third], 2)
+    assert hub.leave(subscription, first, 0.0) is hub.leave(subscription, third, 0.0) is True
+    assert hub.leave(subscription, third, 0.0) is False
+    assert (hub.parked, hub.waiting(), hub.busiest(1)) == (0, [], [("a", 0, 0), ("a", 0, 0)])
+
+
+def test_a_company_is_counted_by_its_polls() -> None:
+    hub = Hub()
+    known(hub, "a", "b")
+    parked(hub, "b", start=5)
+    company(hub, poll("a", start=5), 3)
+
+    assert hub.busiest(1)[0] == ("a", 3, 0)
+    assert hub.parked == 4
+
+
+def test_the_time_of_a_company_is_up() -> None:
+    hub = Hub()
+    known(hub, "a")
+    subscription, _ = company(hub, poll("a", start=5), 3)
+
+    replies = hub.expire(30.0)
+
+    assert told(replies) == [subscription]
+    assert hub.parked == 0

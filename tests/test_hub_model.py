@@ -12,7 +12,7 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from pushup.hub import Hub, Read, Replies, Subscription
+from pushup.hub import Company, Hub, Read, Replies, Subscription
 from pushup.messages import LATEST, MAX_ID, Answer, History, Message, Poll
 
 CHANNELS = ("a", "b", "c")
@@ -20,7 +20,7 @@ WINDOW_US = 40
 COUNT = 4
 BIRTH = 100
 
-WATCHERS = (("a",), ("b",), ("a", "b"), ("b", "c"), ("c", "b", "a"))
+WATCHERS = (("a",), ("a",), ("a",), ("b",), ("a", "b"), ("a", "b"), ("b", "c"), ("c", "b", "a"))
 
 some_channels = st.lists(st.sampled_from(CHANNELS), min_size=1, max_size=3, unique=True).map(tuple)
 
@@ -93,6 +93,7 @@ class Model(RuleBasedStateMachine):
         self.unheard: list[tuple[int, str]] = []
         """Announcements that got lost, although the connection held."""
         self.clients = [Client(self, channels, 0) for channels in WATCHERS]
+        self.polls: dict[tuple[tuple[str, ...], int, int, float], Poll] = {}
 
     # The naive store
 
@@ -124,10 +125,11 @@ class Model(RuleBasedStateMachine):
     def tell(self, replies: Replies) -> None:
         for answer, subscriptions in replies:
             for subscription in subscriptions:
-                client = subscription.owner
-                assert isinstance(client, Client)
-                assert client.parked is subscription, "answered twice"
-                client.answer(answer)
+                owner = subscription.owner
+                for client in list(owner) if isinstance(owner, Company) else [owner]:
+                    assert isinstance(client, Client)
+                    assert client.parked is subscription, "answered twice"
+                    client.answer(answer)
 
     # What publishers and the broker do
 
@@ -208,6 +210,15 @@ class Model(RuleBasedStateMachine):
             client.start = max(self.clock - ahead, 1) if start == BIRTH else start
             client.owed.clear()
 
+    @rule(data=st.data())
+    def follow(self, data: Any) -> None:
+        """Clients of the same channels go on from where one of them is, as they do who are told the same."""
+        leader = data.draw(st.sampled_from(self.clients))
+        for client in self.clients:
+            if client.parked is None and client.channels == leader.channels and client is not leader:
+                client.start = max(client.start, leader.start)
+                client.owed = client.owed | leader.owed
+
     @precondition(lambda self: self.stream)
     @rule()
     def lose_announcement(self) -> None:
@@ -227,22 +238,26 @@ class Model(RuleBasedStateMachine):
         timeout=st.sampled_from((0.0, 1.0, 30.0)),
         span=st.sampled_from((0, 5, None, None)),
         skew=st.sampled_from((0, 10_000)),
+        jitter=st.sampled_from((0.0, 2.0)),
     )
-    def poll(self, timeout: float, span: int | None, skew: int) -> None:
+    def poll(self, timeout: float, span: int | None, skew: int, jitter: float) -> None:
         """Every client that is not waiting polls. What it takes for now may be far in the future."""
         for client in self.clients:
             if client.parked is None:
-                self.poll_one(client, timeout, span, skew)
+                self.poll_one(client, timeout, span, skew, jitter)
 
-    def poll_one(self, client: Client, timeout: float, span: int | None, skew: int) -> None:
+    def poll_one(self, client: Client, timeout: float, span: int | None, skew: int, jitter: float = 0.0) -> None:
         start, latest = client.start, self.clock + 1
         if start == LATEST:
             client.start, client.latest = latest, True
             latest += skew
         client.end = MAX_ID if span is None else max(client.start, self.clock) + span
-        poll = Poll(client.channels, start, client.end, timeout)
-        result = self.hub.park(poll, client, self.now + timeout) or self.hub.subscribe(
-            poll, client, self.now, latest=latest
+        # As on the lane, what several ask alike is one object.
+        poll = self.polls.setdefault(key := (client.channels, start, client.end, timeout), Poll(*key))
+        result = (
+            self.hub.join(poll, client, self.now + timeout - jitter)
+            or self.hub.park(poll, client, self.now + timeout)
+            or self.hub.subscribe(poll, client, self.now, latest=latest)
         )
         if isinstance(result, Answer):
             client.answer(result)
@@ -253,8 +268,8 @@ class Model(RuleBasedStateMachine):
     @rule(data=st.data())
     def leave(self, data: Any) -> None:
         client = data.draw(st.sampled_from([client for client in self.clients if client.parked]))
-        assert self.hub.leave(client.parked, self.now)
-        assert not self.hub.leave(client.parked, self.now)
+        assert self.hub.leave(client.parked, client, self.now)
+        assert not self.hub.leave(client.parked, client, self.now)
         client.parked = None
 
     @rule(seconds=st.sampled_from((0.1, 1.0, 6.0)))

@@ -40,6 +40,7 @@ LADDER = {
     "service": ("access", "metrics", "origins", "peers", "realm", "sender", "settings"),
     "asked": ("messages", "realm", "sender"),
     "publishing": ("access", "errors", "messages", "realm", "wire"),
+    "rush": (),
     "lane": (
         "asked",
         "errors",
@@ -51,6 +52,7 @@ LADDER = {
         "peers",
         "publishing",
         "realm",
+        "rush",
         "sender",
         "service",
         "tokens",

@@ -206,7 +206,7 @@ async def test_a_poll_that_leaves_while_it_is_set_up_is_freed() -> None:
         subscription = node.poll(poll("a"), owner)
         assert not isinstance(subscription, Answer)
         await asyncio.sleep(0)
-        node.leave(subscription)
+        node.leave(subscription, owner)
         broker.gate.set()
         await node.publish(Publication(("a",), b"1"))
 
