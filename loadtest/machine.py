@@ -180,7 +180,8 @@ def facts() -> Facts:
         "memory": f"{os.sysconf('SC_PHYS_PAGES') * PAGE_BYTES / 2**30:.0f} GiB",
         "kernel": platform.release(),
         "descriptors_per_process": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-        "python": platform.python_version(),
+        # With how it was built: without profile feedback it takes up to a third more time.
+        "python": f"{platform.python_version()}, {' '.join(platform.python_build())}, {platform.python_compiler()}",
     }
 
 
