@@ -2,7 +2,7 @@
 
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import count
@@ -27,6 +27,8 @@ PATIENCE_S: Final = 30.0
 CONNECTIONS: Final = 4
 END: Final = b"the-end"
 """Echoed after each batch, so that its replies need not be counted."""
+TEXTS: Final = 2
+"""In the replies to a batch that is one call: where the ids are from, and that. A refusal would be another."""
 
 Command = Sequence[str | bytes | int]
 Batch = Sequence[tuple[str, bytes]]
@@ -52,14 +54,21 @@ class BareRedis(Server):
     def parked(self) -> int:
         return 0
 
-    def commands(self, channel: str, payload: bytes) -> Sequence[Command]:
-        """What publishes one message."""
-        id = next(self._ids)
-        message = b'[%d,["%b"],"%b"]' % (id, channel.encode(), payload)
-        return ("ZADD", f"z:{channel}", id, message), ("PUBLISH", f"p:{channel}", message)
+    def commands(self, batch: Batch) -> Iterator[Command]:
+        """What publishes these messages."""
+        for channel, payload in batch:
+            id = next(self._ids)
+            message = b'[%d,["%b"],"%b"]' % (id, channel.encode(), payload)
+            yield "ZADD", f"z:{channel}", id, message
+            yield "PUBLISH", f"p:{channel}", message
 
     def _make_node(self, name: str, port: int) -> Process:
         return Store(self._directory, name, f"127.0.0.1:{port}")
+
+    def check(self, replies: bytes) -> None:
+        """Raises FleetError if one of a batch's publications was refused."""
+        if replies.startswith(b"-") or b"\n-" in replies:
+            raise FleetError(f"Redis answered with an error: {replies[:300]!r}")
 
     def _start_node(self, node: Process) -> None:
         assert isinstance(node, Store)
@@ -70,35 +79,77 @@ class BareRedis(Server):
 class LeastFunction(BareRedis):
     """Redis with a function of these two commands: what a call costs before it has kept any promise."""
 
-    name = "the two in a function"
+    name = "the two in a function, one a call"
     library: Final = """#!lua name=least
 redis.register_function('least_publish', function(keys, args)
-    redis.call('ZADD', keys[1], args[1], args[2])
-    return redis.call('PUBLISH', keys[2], args[2])
+  for at = 1, #args, 2 do
+    redis.call('ZADD', keys[at], args[at], args[at + 1])
+    redis.call('PUBLISH', keys[at + 1], args[at + 1])
+  end
 end)
 """
 
-    def commands(self, channel: str, payload: bytes) -> Sequence[Command]:
-        (_, kept, id, message), (_, told, _) = super().commands(channel, payload)
-        return [("FCALL", "least_publish", 2, kept, told, id, message)]
+    def commands(self, batch: Batch) -> Iterator[Command]:
+        for item in batch:
+            yield self._call([item])
+
+    def _call(self, batch: Batch) -> Command:
+        keys: list[str | bytes | int] = []
+        words: list[str | bytes | int] = []
+        bare = super().commands(batch)
+        for (_, kept, id, message), (_, told, _) in zip(bare, bare, strict=True):
+            keys += (kept, told)
+            words += (id, message)
+        return ("FCALL", "least_publish", len(keys), *keys, *words)
 
     def _start_node(self, node: Process) -> None:
         super()._start_node(node)
         ask(node.address, "FUNCTION", "LOAD", self.library)
 
 
-class RedisFunction(BareRedis):
-    """Redis with PushUp's function library. A publication is one call of it."""
+class LeastFunctionForMany(LeastFunction):
+    """The same for a batch in one call."""
 
-    name = "PushUp's function"
+    name = "the two in a function, 100 in a call"
+
+    def commands(self, batch: Batch) -> Iterator[Command]:
+        yield self._call(batch)
+
+
+class RedisFunction(BareRedis):
+    """Redis with PushUp's function library. A batch is one call of it, as for a node and `Publisher`."""
+
+    name = "PushUp's function, 100 in a call"
     library: Final = Library("default")
 
-    def commands(self, channel: str, payload: bytes) -> Sequence[Command]:
-        return [self.library.store(0, Publication((channel,), b'"%b"' % payload, None))]
+    def commands(self, batch: Batch) -> Iterator[Command]:
+        yield self.library.store_all(0, [_publication(*item) for item in batch])
+
+    def check(self, replies: bytes) -> None:
+        super().check(replies)
+        if replies.count(b"$") != TEXTS:
+            raise FleetError(f"a publication was refused: {replies[:300]!r}")
 
     def _start_node(self, node: Process) -> None:
         super()._start_node(node)
         ask(node.address, *map(str, LOAD))
+
+
+class RedisFunctionForOne(RedisFunction):
+    """The same with a call for each, as from `redis-cli`."""
+
+    name = "PushUp's function, one a call"
+
+    def commands(self, batch: Batch) -> Iterator[Command]:
+        for item in batch:
+            yield self.library.store(0, _publication(*item))
+
+    def check(self, replies: bytes) -> None:
+        BareRedis.check(self, replies)  # A refusal is an error.
+
+
+def _publication(channel: str, payload: bytes) -> Publication:
+    return Publication((channel,), b'"%b"' % payload, None)
 
 
 def encode(command: Command) -> bytes:
@@ -139,10 +190,7 @@ def measure(prepare: Callable[[Server, Sequence[Batch]], Publish], bench: Bench)
 def by_pipeline(server: Server, batches: Sequence[Batch]) -> Publish:
     """Each batch is one write; the connections take turns, each with a batch outstanding, so Redis always has work."""
     assert isinstance(server, BareRedis)
-    written = [
-        b"".join(encode(command) for item in batch for command in server.commands(*item)) + encode(("ECHO", END))
-        for batch in batches
-    ]
+    written = [b"".join(map(encode, server.commands(batch))) + encode(("ECHO", END)) for batch in batches]
 
     def publish() -> None:
         with ExitStack() as stack:
@@ -152,24 +200,23 @@ def by_pipeline(server: Server, batches: Sequence[Batch]) -> Publish:
             for number, data in enumerate(written):
                 connection = connections[number % CONNECTIONS]
                 if number >= CONNECTIONS:
-                    _read_end(connection)
+                    server.check(_read_end(connection))
                 connection.sendall(data)
             for connection in connections[: len(written)]:
-                _read_end(connection)
+                server.check(_read_end(connection))
 
     return publish
 
 
-def _read_end(connection: socket.socket) -> None:
-    """Read to the end of a batch's replies."""
+def _read_end(connection: socket.socket) -> bytes:
+    """A batch's replies."""
     data = b""
     while not data.endswith(END + b"\r\n"):
         fresh = connection.recv(READ_BYTES)
         if not fresh:
             raise FleetError("Redis closed the connection")
         data += fresh
-    if data.startswith(b"-") or b"\n-" in data:
-        raise FleetError(f"Redis answered with an error: {data[:300]!r}")
+    return data
 
 
 def by_publisher(server: Server, batches: Sequence[Batch]) -> Publish:
@@ -208,7 +255,12 @@ def scenarios(*, quick: bool) -> tuple[Scenario, ...]:
             "publish-direct",
             "Publications straight into Redis: how many, and what do they cost it, against a bare ZADD and PUBLISH?",
             (
-                Case(_PIPELINED, parameters, partial(measure, by_pipeline), (RedisFunction, LeastFunction, BareRedis)),
+                Case(
+                    _PIPELINED,
+                    parameters,
+                    partial(measure, by_pipeline),
+                    (RedisFunction, RedisFunctionForOne, LeastFunctionForMany, LeastFunction, BareRedis),
+                ),
                 Case("by publish_many of Publisher", parameters, partial(measure, by_publisher), (RedisFunction,)),
             ),
             (

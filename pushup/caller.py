@@ -6,16 +6,27 @@ executed is repeated only if that is harmless; otherwise the caller is told the 
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 from redis.asyncio.connection import AbstractConnection
 
 from pushup.address import Address
 from pushup.errors import PushUpError, Unavailable
-from pushup.library import LOAD, VERSION, Call, Library, NotExecuted, parse_receipt, translate
+from pushup.library import (
+    CHANNELS_AT_ONCE,
+    LOAD,
+    VERSION,
+    Call,
+    Library,
+    NotExecuted,
+    Stored,
+    parse_receipt,
+    parse_receipts,
+    translate,
+)
 from pushup.link import Batch, Commands, ErrorReply, Lost
-from pushup.messages import Publication, Receipt
+from pushup.messages import Publication
 from pushup.redis_url import Servers
 from pushup.servers import NoServer, dial, locate
 
@@ -26,6 +37,10 @@ LOCATE_S: Final = 1.0
 PAUSE_S: Final = 0.05
 """Between two tries at the same thing, and doubled up to..."""
 PAUSE_MAX_S: Final = 1.0
+
+PUBLICATIONS_AT_ONCE: Final = 100
+BYTES_AT_ONCE: Final = 256 * 1024
+"""So many publications, and so much data, go in one call, for which everybody else waits."""
 
 UNKNOWN: Final = "the connection to Redis was lost before it answered, so this may have been done or not"
 
@@ -115,11 +130,16 @@ class Caller:
             raise reply
         return reply
 
-    async def publish(self, seen: int, publications: Sequence[Publication]) -> list[tuple[Receipt, str] | PushUpError]:
+    async def publish(self, seen: int, publications: Sequence[Publication]) -> list[Stored | PushUpError]:
         """Publish in order; for each the receipt and its origin, or the error."""
-        calls = [self.library.store(seen, publication) for publication in publications]
-        replies = await self.call_all(calls, repeatable=lambda at: publications[at].key is not None)
-        return [reply if isinstance(reply, PushUpError) else _receipt(reply) for reply in replies]
+        parts = list(_parts(publications))
+        store, store_all = self.library.store, self.library.store_all
+        calls = [store(seen, part[0]) if len(part) == 1 else store_all(seen, part) for part in parts]
+        replies = await self.call_all(calls, repeatable=lambda at: parts[at][0].key is not None)
+        results: list[Stored | PushUpError] = []
+        for part, reply in zip(parts, replies, strict=True):
+            results += [reply] * len(part) if isinstance(reply, PushUpError) else _receipts(reply, len(part))
+        return results
 
     async def call_all(self, calls: Sequence[Call], *, repeatable: Callable[[int], bool]) -> list[Any]:
         """The replies to calls that are sent in one go; for one that failed, its error. Never raises."""
@@ -184,13 +204,34 @@ class Caller:
         log.info("gave Redis its functions", extra={"server": str(self.address), "version": VERSION})
 
 
-def _receipt(reply: Any) -> tuple[Receipt, str] | PushUpError:
-    """As `parse_receipt`; what cannot be read is one publication's trouble."""
+def _parts(publications: Sequence[Publication]) -> Iterator[Sequence[Publication]]:
+    """What goes in one call each, in order: all of it may be repeated, or nothing."""
+    part: list[Publication] = []
+    size = channels = 0
+    for publication in publications:
+        size += len(publication.data)
+        channels += len(publication.channels)
+        full = len(part) >= PUBLICATIONS_AT_ONCE or size > BYTES_AT_ONCE or channels > CHANNELS_AT_ONCE
+        if part and (full or (publication.key is None) != (part[0].key is None)):
+            yield part
+            part, size, channels = [], len(publication.data), len(publication.channels)
+        part.append(publication)
+    if part:
+        yield part
+
+
+def _receipts(reply: Any, count: int) -> list[Stored | PushUpError]:
+    """What became of so many publications of one call. What cannot be read is their trouble alone."""
     try:
-        return parse_receipt(reply)
-    except (TypeError, ValueError, AttributeError):
-        log.error("Redis gave no receipt", extra={"reply": repr(reply)[:100]})
-        return Unavailable("Redis replied what PushUp does not understand, so this may have been done or not")
+        if count == 1:
+            return [parse_receipt(reply)]
+        receipts = parse_receipts(reply)
+        if len(receipts) == count:
+            return receipts
+    except (TypeError, ValueError, AttributeError, IndexError):
+        pass
+    log.error("Redis gave no receipt", extra={"reply": repr(reply)[:100]})
+    return [Unavailable("Redis replied what PushUp does not understand, so this may have been done or not")] * count
 
 
 def _outcome(reply: Any, repeatable: bool) -> Any:

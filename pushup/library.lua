@@ -29,7 +29,7 @@
 -- A publication is to cost little more than its commands, so what is made of texts again and again is remembered, in
 -- bounded tables. Nothing depends on it: what is written in Redis is compared first.
 
-local VERSION = 3
+local VERSION = 4
 local SECOND = 1000000
 local DAY = 86400 * SECOND
 local MAX_ID = 9007199254740991
@@ -123,6 +123,11 @@ local function whole(given, least)
   return tonumber(given)
 end
 
+-- What an error says.
+local function sentence(raised)
+  return type(raised) == 'table' and (raised.refusal or raised.err) or tostring(raised)
+end
+
 local function guarded(callback)
   return function(keys, args)
     if not number_format then
@@ -135,10 +140,7 @@ local function guarded(callback)
     if good then
       return result
     end
-    if type(result) == 'table' and result.refusal then
-      return redis.error_reply(result.refusal)
-    end
-    return redis.error_reply(type(result) == 'table' and result.err or tostring(result))
+    return redis.error_reply(sentence(result))
   end
 end
 
@@ -497,23 +499,22 @@ end
 
 -- Refuse a publication that would take the realm above its bytes, once what is too old has gone. What it would push out
 -- of its channels, because they hold as many messages as they may, makes room, too.
-local function make_room(key, realm, now, names, facts, size)
+local function make_room(key, realm, now, names, known, size)
   local limit = realm.realm_bytes - #names * size
-  local known = {}
-  for at, name in ipairs(names) do
-    known[name] = facts[at] or nil
-  end
   shed(key, realm, now, limit, known)
   local pushed = 0
-  for name, channel in pairs(known) do
-    if realm.bytes > limit and trim(key, realm, name, channel, now - channel.window) then
-      save_facts(key, realm, name, channel)
-    end
-    local sizes = key .. ':s:' .. name
-    local excess = redis.call('LLEN', sizes) + 1 - channel.max_messages
-    if excess > 0 then
-      for _, entry in ipairs(redis.call('LRANGE', sizes, 0, excess - 1)) do
-        pushed = pushed + tonumber(string.match(entry, '%d+$'))
+  for _, name in ipairs(names) do
+    local channel = known[name]
+    if channel then
+      if realm.bytes > limit and trim(key, realm, name, channel, now - channel.window) then
+        save_facts(key, realm, name, channel)
+      end
+      local sizes = key .. ':s:' .. name
+      local excess = redis.call('LLEN', sizes) + 1 - channel.max_messages
+      if excess > 0 then
+        for _, entry in ipairs(redis.call('LRANGE', sizes, 0, excess - 1)) do
+          pushed = pushed + tonumber(string.match(entry, '%d+$'))
+        end
       end
     end
   end
@@ -588,8 +589,8 @@ local function append(key, realm, name, place, known, now, id, message, size)
   return channel, text(prev)
 end
 
--- -> id, whether it is a duplicate (1), realm
-local function put(key, seen, once, data, given)
+-- The channels that a publication names, each once, and what is made of their names.
+local function resolve(key, given)
   if #given == 0 then
     refuse('INVALID', 'a publication names at least one channel')
   end
@@ -601,12 +602,28 @@ local function put(key, seen, once, data, given)
       found[#names] = find_place(key, name)
     end
   end
-  local realm, facts, now = open(key, seen, #names <= NAMES_AT_ONCE and names or {})
+  return names, found
+end
+
+-- What one call publishes: `known` are the facts of all channels it names (false: there is none), `changed` the names of
+-- those it stores in, `places` theirs, and `told` is what to announce at the end, each after where.
+local function begin(key, seen, names)
+  local realm, facts, now = open(key, seen, names)
+  refuse_in_doubt(now)
+  local known = {}
+  for at, name in ipairs(names) do
+    known[name] = facts[at]
+  end
+  return {realm = realm, now = now, known = known, changed = {}, places = {}, told = {}}
+end
+
+-- Store one publication; its id, and whether it is a duplicate. What it changes is written by `commit`.
+local function put(key, work, names, found, once, data)
+  local realm, known, now = work.realm, work.known, work.now
   local most = math.min(realm.publish_channels, NAMES_AT_ONCE)
   if #names > most then
     refuse('TOOLARGE', 'a publication names at most ' .. text(most) .. ' channels')
   end
-  refuse_in_doubt(now)
   data = check_data(data, realm.message_bytes)
   local shown = #names == 1 and found[1].shown or cjson.encode(names)
   local memo
@@ -617,41 +634,66 @@ local function put(key, seen, once, data, given)
       refuse('KEYREUSED', 'the idempotency key was used for a different publication')
     end
     if id then
-      return tonumber(id), 1, realm
+      return tonumber(id), true
     end
   end
-  for at, name in ipairs(names) do
-    if not facts[at] and not comes_into_being(realm, name) then
+  for _, name in ipairs(names) do
+    if not known[name] and not comes_into_being(realm, name) then
       refuse('NOCHANNEL', name)
     end
   end
   if realm.bytes + #names * #data > realm.realm_bytes then
-    make_room(key, realm, now, names, facts, #data)
+    make_room(key, realm, now, names, known, #data)
   end
   local id = math.max(now, realm.last + 1)
   realm.last = id
   local written = text(id)
   local message = '[' .. written .. ',' .. shown .. ',' .. data .. ']'
-  local saved = {'last', written, 'bytes', ''}
-  local prevs = {}
+  local changed, places, told = work.changed, work.places, work.told
   for at, name in ipairs(names) do
-    facts[at], prevs[at] = append(key, realm, name, found[at], facts[at], now, id, message, #data)
-    saved[#saved + 1] = found[at].field
-    saved[#saved + 1] = show_facts(facts[at])
+    local place = found[at]
+    if not places[name] then
+      places[name] = place
+      changed[#changed + 1] = name
+    end
+    local facts, prev = append(key, realm, name, place, known[name], now, id, message, #data)
+    known[name] = facts
+    told[#told + 1] = announcements(key, realm, name, place)
+    told[#told + 1] = prev .. ' ' .. message
   end
-  saved[4] = text(realm.bytes)
-  redis.call('HSET', key, unpack(saved))
-  for at = 1, #names do
-    keep_facts(saved[2 * at + 4], facts[at])
-  end
-  keep_realm(realm.written, realm)
   if memo and realm.idempotency > 0 then
     redis.call('SET', key .. ':k:' .. once, written .. ' ' .. memo, 'PX', text(math.ceil(realm.idempotency / 1000)))
   end
-  for at, name in ipairs(names) do
-    redis.call('SPUBLISH', announcements(key, realm, name, found[at]), prevs[at] .. ' ' .. message)
+  return id, false
+end
+
+local function commit(key, work)
+  local realm, known, changed, told = work.realm, work.known, work.changed, work.told
+  if #changed == 0 then
+    return
   end
-  return id, 0, realm
+  local saved = {'last', text(realm.last), 'bytes', text(realm.bytes)}
+  for _, name in ipairs(changed) do
+    if known[name] then
+      saved[#saved + 1] = work.places[name].field
+      saved[#saved + 1] = show_facts(known[name])
+      keep_facts(saved[#saved], known[name])
+    end
+  end
+  redis.call('HSET', key, unpack(saved))
+  keep_realm(realm.written, realm)
+  for at = 1, #told, 2 do
+    redis.call('SPUBLISH', told[at], told[at + 1])
+  end
+end
+
+-- -> id, whether it is a duplicate, realm
+local function publish_one(key, seen, once, data, given)
+  local names, found = resolve(key, given)
+  local work = begin(key, seen, #names <= NAMES_AT_ONCE and names or {})
+  local id, duplicate = put(key, work, names, found, once, data)
+  commit(key, work)
+  return id, duplicate, work.realm
 end
 
 local function from(args, at)
@@ -664,7 +706,7 @@ end
 
 -- DATA CHANNEL [CHANNEL ...] -> id
 local function publish(key, args)
-  return (put(key, 0, '', args[1] or '', from(args, 2)))
+  return (publish_one(key, 0, '', args[1] or '', from(args, 2)))
 end
 
 -- KEY DATA CHANNEL [CHANNEL ...] -> id; the same KEY within the idempotency window stores nothing and gets the same id
@@ -672,13 +714,53 @@ local function publish_once(key, args)
   if (args[1] or '') == '' or #args[1] > 1020 then
     refuse('INVALID', 'an idempotency key is 1 to 255 characters')
   end
-  return (put(key, 0, args[1], args[2] or '', from(args, 3)))
+  return (publish_one(key, 0, args[1], args[2] or '', from(args, 3)))
 end
 
 -- SEEN KEY-OR-EMPTY DATA CHANNEL [CHANNEL ...] -> {id, whether it is a duplicate, origin}
 local function store(key, args)
-  local id, duplicate, realm = put(key, args[1], args[2], args[3], from(args, 4))
-  return {id, duplicate, origin(realm)}
+  local id, duplicate, realm = publish_one(key, args[1], args[2], args[3], from(args, 4))
+  return {id, duplicate and 1 or 0, origin(realm)}
+end
+
+-- SEEN, for each publication KEY-OR-EMPTY DATA COUNT CHANNEL [CHANNEL ...] -> {origin, for each its id, {id} if it is a
+-- duplicate, or `CODE SENTENCE`}. Several in order, of which one that is refused changes nothing for the others, for
+-- little more than the commands that store them.
+local function store_all(key, args)
+  local items, names, named = {}, {}, {}
+  local at = 2
+  while args[at] do
+    local last = at + 2 + whole(args[at + 2], 0)
+    local item = {once = args[at], data = args[at + 1], given = {}}
+    for index = at + 3, last do
+      local name = args[index] or refuse('INVALID', 'there are fewer channels than a count says')
+      item.given[#item.given + 1] = name
+      if not named[name] then
+        named[name] = true
+        names[#names + 1] = name
+      end
+    end
+    items[#items + 1] = item
+    at = last + 1
+  end
+  if #names > NAMES_AT_ONCE then
+    refuse('TOOLARGE', 'the publications of a call name at most ' .. NAMES_AT_ONCE .. ' channels')
+  end
+  local work = begin(key, args[1], names)
+  local shown = {origin(work.realm)}
+  for _, item in ipairs(items) do
+    local good, id, duplicate = pcall(function()
+      local distinct, found = resolve(key, item.given)
+      return put(key, work, distinct, found, item.once, item.data)
+    end)
+    if good then
+      shown[#shown + 1] = duplicate and {id} or id
+    else
+      shown[#shown + 1] = sentence(id)
+    end
+  end
+  commit(key, work)
+  return shown
 end
 
 -- Channels
@@ -962,6 +1044,7 @@ end
 register('publish', publish, {})
 register('publish_once', publish_once, {})
 register('store', store, {})
+register('store_all', store_all, {})
 register('create', create, {})
 register('renew', renew, {'allow-oom'})
 register('close', close, {'allow-oom'})

@@ -5,7 +5,7 @@ A call is a command's words; every one begins with the highest id the caller has
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, Final
@@ -42,6 +42,9 @@ SOURCE: Final = files("pushup").joinpath("library.lua").read_text()
 LOAD: Final = ("FUNCTION", "LOAD", "REPLACE", SOURCE)
 VERSION: Final = int(re.findall(r"^local VERSION = (\d+)$", SOURCE, re.MULTILINE)[0])
 """That of `library.lua`. A server with a lower one, or none, is given ours."""
+
+CHANNELS_AT_ONCE: Final = 1000
+"""So many channels one call may name."""
 
 Call = tuple[str | bytes | int, ...]
 """A command's words."""
@@ -82,6 +85,14 @@ class Library:
         """Publish; see `parse_receipt`."""
         key = publication.key or ""
         return self._call("store", seen, key, publication.data, *publication.channels)
+
+    def store_all(self, seen: int, publications: Iterable[Publication]) -> Call:
+        """Publish several, of at most `CHANNELS_AT_ONCE` channels; see `parse_receipts`."""
+        words: list[str | bytes | int] = []
+        for publication in publications:
+            channels = publication.channels
+            words += (publication.key or "", publication.data, len(channels), *channels)
+        return self._call("store_all", seen, *words)
 
     def create(self, seen: int, name: str | None, options: ChannelOptions) -> Call:
         most = "" if options.max_messages is None else options.max_messages
@@ -170,10 +181,30 @@ def _us(seconds: float | None) -> int | str:
     return "" if seconds is None else round(seconds * SECOND)
 
 
-def parse_receipt(reply: Any) -> tuple[Receipt, str]:
-    """The receipt, and its origin: which run of which server gave it, in which life of the realm."""
+Stored = tuple[Receipt, str]
+"""A receipt, and its origin: which run of which server gave it, in which life of the realm."""
+
+
+def parse_receipt(reply: Any) -> Stored:
+    """What became of a publication."""
     id, duplicate, origin = reply
     return Receipt(id, duplicate=bool(duplicate)), origin.decode()
+
+
+def parse_receipts(reply: Any) -> list[Stored | PushUpError]:
+    """What became of each publication, or what is against it."""
+    origin = reply[0].decode()
+    results: list[Stored | PushUpError] = []
+    for told in reply[1:]:
+        match told:
+            case int():
+                results.append((Receipt(told), origin))
+            case [int(id)]:
+                results.append((Receipt(id, duplicate=True), origin))
+            case _:
+                error = translate(told.decode(errors="replace"))
+                results.append(Unavailable(str(error)) if isinstance(error, NotExecuted) else error)
+    return results
 
 
 def parse_position(reply: Any) -> tuple[int, str]:

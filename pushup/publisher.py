@@ -16,7 +16,7 @@ from typing import Any, Final, Self, TypeVar
 
 from pushup.caller import Caller
 from pushup.errors import PushUpError
-from pushup.library import Library
+from pushup.library import Library, Stored
 from pushup.messages import Publication, Receipt
 from pushup.publications import Channels, make_publication, make_publications, only
 from pushup.redis_url import parse_servers
@@ -29,7 +29,7 @@ PUBLISHED_AT_ONCE: Final = 512
 
 
 def _merge(
-    parsed: Sequence[Publication | PushUpError], replies: Sequence[tuple[Receipt, str] | PushUpError]
+    parsed: Sequence[Publication | PushUpError], replies: Sequence[Stored | PushUpError]
 ) -> list[Receipt | PushUpError]:
     stored = iter(replies)
     results: list[Receipt | PushUpError] = []
@@ -77,7 +77,7 @@ class AsyncPublisher:
 
     async def _publish(self, parsed: Sequence[Publication | PushUpError]) -> list[Receipt | PushUpError]:
         publications = [item for item in parsed if not isinstance(item, PushUpError)]
-        replies: list[tuple[Receipt, str] | PushUpError] = []
+        replies: list[Stored | PushUpError] = []
         for at in range(0, len(publications), PUBLISHED_AT_ONCE):
             replies += await self._caller.publish(self._seen, publications[at : at + PUBLISHED_AT_ONCE])
         for reply in replies:

@@ -30,6 +30,7 @@ from pushup.library import (
     Echo,
     Library,
     PubSub,
+    Stored,
     parse_echo,
     parse_event,
     parse_histories,
@@ -485,9 +486,7 @@ class RedisBroker:
             except Exception:  # One publisher's trouble is not the others'.
                 log.exception("could not tell what became of publications")
 
-    async def _confirm(
-        self, replies: Sequence[tuple[Receipt, str] | PushUpError]
-    ) -> Sequence[tuple[Receipt, str] | PushUpError]:
+    async def _confirm(self, replies: Sequence[Stored | PushUpError]) -> Sequence[Stored | PushUpError]:
         """Believe no receipt of a server that has been replaced: it may have given it without knowing."""
         origins = {reply[1] for reply in replies if not isinstance(reply, PushUpError)}
         if origins <= {self._origin}:
@@ -502,7 +501,7 @@ class RedisBroker:
             for reply in replies
         ]
 
-    def _receipt(self, reply: tuple[Receipt, str] | PushUpError) -> Receipt | PushUpError:
+    def _receipt(self, reply: Stored | PushUpError) -> Receipt | PushUpError:
         if isinstance(reply, PushUpError):
             return reply
         receipt, origin = reply

@@ -12,9 +12,9 @@ import redis
 from redis.asyncio.connection import AbstractConnection, Connection
 from redis.exceptions import ResponseError
 
-from pushup.caller import UNKNOWN, Caller
+from pushup.caller import BYTES_AT_ONCE, PUBLICATIONS_AT_ONCE, UNKNOWN, Caller
 from pushup.errors import BrokerRefused, ChannelNotFound, InvalidRequest, PushUpError, Unavailable
-from pushup.library import SOURCE, VERSION, Library, parse_histories
+from pushup.library import CHANNELS_AT_ONCE, SOURCE, VERSION, Library, parse_histories
 from pushup.messages import Message, Publication, Receipt
 from pushup.redis_url import parse_servers
 from pushup.servers import dial
@@ -405,13 +405,65 @@ async def test_each_of_many_has_its_own_fate() -> None:
     """One was answered, one is repeated because of its key, of one nobody can say."""
     answers = in_turn([7, 0, "run:1"], Deed.CUT, [9, 0, "run:1"])
     async with scripted(with_functions(answers)) as server, calling(server.url) as caller:
-        one, two, three = await caller.publish(0, [publication(b"1"), publication(b"2"), publication(b"3", "k")])
+        one, two, three = await caller.publish(0, [publication(b"1"), publication(b"2", "k"), publication(b"3")])
 
         assert one == (Receipt(7), "run:1")
-        assert isinstance(two, Unavailable)
-        assert str(two) == UNKNOWN
-        assert three == (Receipt(9), "run:1")
-        assert [words[5:7] for words in asked(server)] == [("", "1"), ("", "2"), ("k", "3")]
+        assert two == (Receipt(9), "run:1")
+        assert isinstance(three, Unavailable)
+        assert str(three) == UNKNOWN
+        assert [words[5:7] for words in asked(server)] == [("", "1"), ("k", "2"), ("k", "2")]
+
+
+def several(*words: str) -> object:
+    """A receipt for each publication of a call, and its data as its id."""
+    if words[1] == "pushup_store":
+        return [int(words[6]), 0, "run:1"]
+    ids, at = [], 5
+    while at < len(words):
+        ids.append(int(words[at + 1]))
+        at += 3 + int(words[at + 2])
+    return ["run:1", *ids]
+
+
+async def test_publications_go_many_in_a_call() -> None:
+    """Up to a number, a size and as many channels as Redis should be asked for at once; each gets its own receipt."""
+    many = [publication(b"%d" % n) for n in range(2 * PUBLICATIONS_AT_ONCE + 1)]
+    big = [publication(b"1" + b" " * (BYTES_AT_ONCE // 3)) for _ in range(5)]
+    wide = [Publication(tuple(f"c{n}" for n in range(CHANNELS_AT_ONCE // 2)), b"1") for _ in range(3)]
+    async with scripted(with_functions(several)) as server, calling(server.url) as caller:
+        receipts = [await caller.publish(0, some) for some in (many, big, wide)]
+
+        assert receipts[0] == [(Receipt(n), "run:1") for n in range(len(many))]
+        assert [len(some) for some in receipts] == [len(many), 5, 3]
+        assert [words[1] for words in asked(server)] == [
+            *("pushup_store_all", "pushup_store_all", "pushup_store"),
+            *("pushup_store_all", "pushup_store_all", "pushup_store"),
+            *("pushup_store_all", "pushup_store"),
+        ]
+
+
+async def test_what_may_be_repeated_goes_by_itself() -> None:
+    """Or a publication without a key in the same call would forbid to repeat it; the order is kept."""
+    keys = [None, None, "k", "l", None]
+    some = [publication(b"%d" % n, key) for n, key in enumerate(keys)]
+    async with scripted(with_functions(in_turn(["run:1", 0, 1], Deed.CUT, ["run:1", 2, 3]))) as server:
+        async with calling(server.url) as caller:
+            receipts = await caller.publish(0, some)
+
+        assert receipts[:4] == [(Receipt(n), "run:1") for n in range(4)]
+        assert isinstance(receipts[4], Unavailable)
+
+
+@pytest.mark.parametrize(
+    "reply", ["OK", 7, None, [], ["run:1"], ["run:1", 7], ["run:1", 7, 8, 9], [1, 7, 8], ["run:1", 7, None]]
+)
+async def test_receipts_that_cannot_be_read(reply: Any) -> None:
+    """Nobody can say what became of any of them."""
+    async with scripted(with_functions(lambda *words: reply)) as server, calling(server.url) as caller:
+        results = await caller.publish(0, [publication(b"1"), publication(b"2")])
+
+    assert [type(result) for result in results] == [Unavailable] * 2
+    assert all("does not understand" in str(result) for result in results)
 
 
 @pytest.mark.parametrize("reply", ["OK", 7, None, [], [1, 2, 3]])
@@ -419,7 +471,7 @@ async def test_a_receipt_that_cannot_be_read_is_one_publications_trouble(reply: 
     """Whoever has changed the functions in Redis; the others are told theirs."""
     answers = iter([[7, 0, "run:1"], reply, [9, 0, "run:1"]])
     async with scripted(with_functions(lambda *words: next(answers))) as server, calling(server.url) as caller:
-        one, two, three = await caller.publish(0, [publication(b"1"), publication(b"2"), publication(b"3")])
+        one, two, three = await caller.publish(0, [publication(b"1"), publication(b"2", "k"), publication(b"3")])
 
     assert [one, three] == [(Receipt(7), "run:1"), (Receipt(9), "run:1")]
     assert isinstance(two, Unavailable)

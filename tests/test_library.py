@@ -44,6 +44,7 @@ from pushup.library import (
     parse_nodes,
     parse_position,
     parse_receipt,
+    parse_receipts,
     realm_key,
     translate,
 )
@@ -160,6 +161,10 @@ class Realm:
 
     def store(self, *channels: str, data: bytes = b"1", key: str | None = None, seen: int = 0) -> Receipt:
         return parse_receipt(self.do(self.library.store(seen, Publication(channels, data, key))))[0]
+
+    def store_all(self, *publications: Publication) -> list[Receipt | PushUpError]:
+        told = parse_receipts(self.do(self.library.store_all(0, publications)))
+        return [one if isinstance(one, PushUpError) else one[0] for one in told]
 
     def read(self, name: str, start: int = 0, seen: int = 0) -> History:
         histories, _, _ = parse_histories(self.do(self.library.read(seen, "me", "token", {name: start})), [name])
@@ -458,6 +463,128 @@ def test_keys_of_every_kind(realm: Realm) -> None:
     assert [realm.call("publish_once", key, "1", "a") for key in keys] == given
     for wrong in ("", "k" * 1021):
         assert realm.refusal("publish_once", wrong, "1", "a") == "INVALID an idempotency key is 1 to 255 characters"
+
+
+# Several at once
+
+
+def test_several_publications_in_one_call(realm: Realm) -> None:
+    """Are stored in order, as by as many calls, and announced in that order once all are stored."""
+    ear, other = realm.listen("a"), realm.listen("b")
+
+    told = realm.store_all(
+        Publication(("a",), b"1"),
+        Publication(("b", "a"), b"2"),
+        Publication(("a",), b"3", "k"),
+        Publication(("b",), b"4"),
+    )
+
+    first, second, third, fourth = [receipt.id for receipt in told if isinstance(receipt, Receipt)]
+    assert first < second < third < fourth
+    assert [ids(realm.read(name)) for name in "ab"] == [[first, second, third], [second, fourth]]
+    assert [ear.hear() for _ in range(3)] == [
+        b'0 [%d,["a"],1]' % first,
+        b'%d [%d,["b","a"],2]' % (first, second),
+        b'%d [%d,["a"],3]' % (second, third),
+    ]
+    assert [other.hear() for _ in range(2)] == [b'0 [%d,["b","a"],2]' % second, b'%d [%d,["b"],4]' % (second, fourth)]
+    assert realm.bytes() == 5
+
+
+def test_a_refused_one_of_several_changes_nothing_for_the_others(realm: Realm) -> None:
+    realm.attach(message_bytes=10, publish_channels=2)
+
+    told = realm.store_all(
+        Publication(("a",), b"1"),
+        Publication(("17",), b"1"),
+        Publication(("a",), b"{"),
+        Publication(("a",), b'"' + b"x" * 10 + b'"'),
+        Publication(("a", "b", "c"), b"1"),
+        Publication((".",), b"1"),
+        Publication((), b"1"),
+        Publication(("a",), b"2"),
+    )
+
+    assert [type(one) for one in told] == [
+        Receipt,
+        ChannelNotFound,
+        InvalidRequest,
+        TooLarge,
+        TooLarge,
+        InvalidRequest,
+        InvalidRequest,
+        Receipt,
+    ]
+    assert [message.data for message in realm.read("a").messages] == [b"1", b"2"]
+    assert realm.names() == ["a"]
+
+
+def test_of_several_refused_ones_nothing_is_left(realm: Realm) -> None:
+    before = realm.publish("a")
+
+    assert [type(one) for one in realm.store_all(*[Publication(("17",), b"1")] * 2)] == [ChannelNotFound] * 2
+    assert ids(realm.read("a")) == [before]
+    assert realm.names() == ["a"]
+
+
+def test_a_key_given_twice_in_one_call(realm: Realm) -> None:
+    """The second publication is a duplicate of the first, or the key's misuse."""
+    one, same, different = (
+        Publication(("a",), b"1", "k"),
+        Publication(("a",), b"1", "k"),
+        Publication(("a",), b"2", "k"),
+    )
+
+    stored, again, refused = realm.store_all(one, same, different)
+
+    assert isinstance(stored, Receipt)
+    assert again == Receipt(stored.id, duplicate=True)
+    assert isinstance(refused, KeyReused)
+    assert ids(realm.read("a")) == [stored.id]
+
+
+def test_several_that_fill_a_channel(realm: Realm) -> None:
+    realm.attach(max_messages=2)
+
+    told = realm.store_all(*[Publication(("a",), b"%d" % n) for n in range(5)])
+
+    history = realm.read("a")
+    assert [message.data for message in history.messages] == [b"3", b"4"]
+    assert isinstance(told[2], Receipt)
+    assert history.floor == told[2].id + 1
+    assert realm.bytes() == 2
+
+
+def test_several_that_fill_a_realm(realm: Realm) -> None:
+    """Those for which there is no room are refused, whatever their order."""
+    realm.attach(realm_bytes=10)
+
+    told = realm.store_all(
+        *[Publication((name,), b'"%b"' % (b"x" * size)) for name, size in (("a", 4), ("b", 4), ("c", 2))]
+    )
+
+    assert [type(one) for one in told] == [Receipt, RealmFull, Receipt]
+    assert realm.bytes() == 10
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("", "1"), ("", "1", "x", "a"), ("", "1", -1, "a"), ("", "1", 2, "a"), ("", "1", 1, "a", "")],
+    ids=["no count", "not a number", "negative", "too few channels", "half a publication"],
+)
+def test_several_must_be_counted_right(realm: Realm, words: tuple[str | int, ...]) -> None:
+    """Else nothing is stored of any of them."""
+    assert realm.refusal("store_all", 0, *words).startswith("INVALID")
+    assert realm.names() == []
+
+
+def test_several_name_so_many_channels(realm: Realm) -> None:
+    """As many as Redis should be asked for at once."""
+    realm.attach(publish_channels=600)
+    many = [Publication(tuple(f"{letter}{n}" for n in range(501)), b"1") for letter in "ab"]
+
+    assert "at most 1000 channels" in realm.refusal("store_all", *realm.library.store_all(0, many)[4:])
+    assert realm.names() == []
 
 
 @pytest.mark.parametrize(
@@ -1587,6 +1714,9 @@ def test_calls_in_words() -> None:
 
     assert library.store(5, Publication(("a", "b"), b"{}")) == words("store", 5, "", b"{}", "a", "b")
     assert library.store(5, Publication(("a",), b"1", "k")) == words("store", 5, "k", b"1", "a")
+    assert library.store_all(5, [Publication(("a", "b"), b"{}"), Publication(("a",), b"1", "k")]) == words(
+        "store_all", 5, "", b"{}", 2, "a", "b", "k", b"1", 1, "a"
+    )
     assert library.create(5, None, ChannelOptions()) == words("create", 5, "", "", "", "")
     assert library.create(5, "a", ChannelOptions(1.5, 0.0, 7)) == words("create", 5, "a", 1_500_000, 0, 7)
     assert library.renew(5, "a", None) == words("renew", 5, "a", "")
@@ -1621,6 +1751,13 @@ def test_replies() -> None:
     """As Redis gives them, and as Python has them."""
     assert parse_receipt([5, 1, b"run:7"]) == (Receipt(5, duplicate=True), "run:7")
     assert parse_receipt([5, 0, b"run:7"]) == (Receipt(5), "run:7")
+    assert parse_receipts([b"run:7", 5, [4], 6]) == [
+        (Receipt(5), "run:7"),
+        (Receipt(4, duplicate=True), "run:7"),
+        (Receipt(6), "run:7"),
+    ]
+    refused, elsewhere = parse_receipts([b"run:7", b"NOCHANNEL 17", b"READONLY You can't write"])
+    assert (type(refused), type(elsewhere)) == (ChannelNotFound, Unavailable)
     assert parse_position([b"9007199254740991", b"run:7"]) == (MAX_ID, "run:7")
     assert parse_info([b"\xc3\xa9", b"1", b"2", b"1500000", b"0", b"3", 4, b"5", b"6"]) == ChannelInfo(
         "é", 1, 2, 1.5, 0.0, 3, 4, 5, 6

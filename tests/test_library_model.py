@@ -5,6 +5,7 @@ Both must say the same of everything, floors and refusals included.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -24,6 +25,7 @@ from pushup.library import (
     parse_info,
     parse_message,
     parse_receipt,
+    parse_receipts,
     translate,
 )
 from pushup.memory import MemoryStore
@@ -100,6 +102,27 @@ class Both(RuleBasedStateMachine):
     def publish_much(self, channels: tuple[str, ...], size: int, key: str | None) -> None:
         """A few of these, and the realm is full."""
         self.publish(channels, b'"%b"' % (b"x" * (size - 2)), key)
+
+    @rule(
+        publications=st.lists(
+            st.builds(
+                Publication,
+                st.one_of(names, st.just(("17",))),
+                st.sampled_from((b"1", b'"two"', b'"%b"' % (b"x" * 25))),
+                st.sampled_from((None, None, None, "k", "l")),
+            ),
+            min_size=2,
+            max_size=8,
+        )
+    )
+    def publish_several(self, publications: list[Publication]) -> None:
+        """In one call, as if one after the other."""
+
+        def from_redis() -> list[Any]:
+            told = parse_receipts(self.ask(self.library.store_all(0, publications)))
+            return [_outcome(partial(_give, result)) for result in told]
+
+        self.both(lambda: [_outcome(partial(self.memory.publish, one, self.now)) for one in publications], from_redis)
 
     @rule(most=st.sampled_from((30, 80)))
     def change_the_limit(self, most: int) -> None:
@@ -219,6 +242,13 @@ class Both(RuleBasedStateMachine):
         """But for what was there when the limit was lowered."""
         self.highest = max(self.memory._retention.realm_bytes, min(self.highest, self.memory._bytes))
         assert self.memory._bytes <= self.highest
+
+
+def _give(result: tuple[Receipt, str] | PushUpError) -> Receipt:
+    """A receipt. Raises the error instead."""
+    if isinstance(result, PushUpError):
+        raise result
+    return result[0]
 
 
 def _outcome(action: Callable[[], Any]) -> Any:

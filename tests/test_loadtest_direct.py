@@ -4,7 +4,16 @@ import os
 
 import pytest
 
-from loadtest.direct import BareRedis, LeastFunction, RedisFunction, by_pipeline, encode, measure
+from loadtest.direct import (
+    BareRedis,
+    LeastFunction,
+    LeastFunctionForMany,
+    RedisFunction,
+    RedisFunctionForOne,
+    by_pipeline,
+    encode,
+    measure,
+)
 from loadtest.fleet import FleetError
 from loadtest.machine import Cores
 from loadtest.scenario import Bench
@@ -18,7 +27,7 @@ def test_a_command_is_encoded_as_redis_reads_it() -> None:
     assert encode(("ZADD", "z", 12, b"\x00\n")) == b"*4\r\n$4\r\nZADD\r\n$1\r\nz\r\n$2\r\n12\r\n$2\r\n\x00\n\r\n"
 
 
-@pytest.mark.parametrize("kind", [BareRedis, LeastFunction, RedisFunction])
+@pytest.mark.parametrize("kind", [BareRedis, LeastFunction, LeastFunctionForMany, RedisFunction, RedisFunctionForOne])
 def test_publications_straight_into_redis_are_counted_and_timed(kind: type[BareRedis]) -> None:
     steps: list[None] = []
     try:
@@ -39,7 +48,18 @@ def test_an_error_of_redis_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         BareRedis.versions()
     except ServerError as error:
         pytest.skip(str(error))
-    monkeypatch.setattr(BareRedis, "commands", lambda self, channel, payload: [("NONSENSE", channel)])
+    monkeypatch.setattr(BareRedis, "commands", lambda self, batch: [("NONSENSE", "a")])
 
     with BareRedis(CORES, 512) as server, pytest.raises(FleetError, match=r"answered with an error: b.-ERR unknown"):
         by_pipeline(server, [[("a", b"x")]])()
+
+
+@pytest.mark.parametrize("kind", [RedisFunction, RedisFunctionForOne])
+def test_a_refused_publication_fails(kind: type[RedisFunction]) -> None:
+    try:
+        kind.versions()
+    except ServerError as error:
+        pytest.skip(str(error))
+
+    with kind(CORES, 512) as server, pytest.raises(FleetError, match="INVALID"):
+        by_pipeline(server, [[("a", b"good"), (".", b"bad"), ("b", b"good")]])()

@@ -29,7 +29,7 @@ SECRET: Final = '"a secret"'
 ALWAYS_ALLOWED: Final = {"auth", "hello", "quit", "reset"}
 """What Redis lets everybody do."""
 FUNCTIONS: Final = set(re.findall(r"^register\('(\w+)'", SOURCE, re.MULTILINE)) | {"version"}
-FUNCTIONS_OF_PUBLISHERS: Final = {"publish", "publish_once", "store", "witness", "version"}
+FUNCTIONS_OF_PUBLISHERS: Final = {"publish", "publish_once", "store", "store_all", "witness", "version"}
 
 
 def granted(user: str) -> set[str]:
@@ -500,6 +500,8 @@ def test_no_name_leaves_its_realm(server: Server) -> None:
                 ("publish_once", name, "2", "a"),
                 ("store", 0, name, "3", name, "a"),
                 ("store", name, "", "1", "a"),
+                ("store_all", 0, name, "3", 1, name, "", "3", 2, "a", name),
+                ("store_all", 0, "", name, 1, "a", "", "3", name, "a"),
                 ("create", 0, name, "", "", ""),
                 ("create", 0, "", name, name, name),
                 ("renew", 0, name, ""),
@@ -513,7 +515,8 @@ def test_no_name_leaves_its_realm(server: Server) -> None:
                 ("close", 0, name),
             ):
                 try:
-                    client.execute_command("FCALL", f"pushup_{function}", 1, key, *words)
+                    reply = client.execute_command("FCALL", f"pushup_{function}", 1, key, *words)
+                    assert "The user executing the script" not in repr(reply), (function, words)
                 except redis.ResponseError as error:
                     met.add(str(error).partition(" ")[0])
                     assert "permission" not in str(error), (function, words)  # noqa: PT017
