@@ -554,11 +554,10 @@ local function announcements(key, realm, name, place)
   return place.announced
 end
 
--- Store the message in one of its channels: the channel's facts, and the id of the message before.
-local function append(key, realm, name, place, known, now, id, message, size)
+-- Store the message in one of its channels: the channel's facts, and the id of the message before. `written` is the id.
+local function append(key, realm, name, place, known, now, id, written, message, size)
   local channel = known or add(key, realm, name, now)
   local messages, sizes = place.messages, place.sizes
-  local written = text(id)
   local entry = written .. ' ' .. size
   local count = redis.call('RPUSH', sizes, entry)
   redis.call('ZADD', messages, written, message)
@@ -573,9 +572,10 @@ local function append(key, realm, name, place, known, now, id, message, size)
   end
   weigh(realm, channel, size)
   -- An eighth more than the window, so that old messages go many at once, and their keys are not put off to expire
-  -- with every one, but whenever another eighth begins. (Ids that are ahead of the clock do not tell.)
+  -- with every one, but whenever another eighth begins. (Ids that are ahead of the clock by more than the second that is
+  -- added do not tell.)
   local eighth = math.max(1, math.floor(channel.window / 8))
-  if count == 1 or id > now or math.floor(channel.tail / eighth) < math.floor(id / eighth) then
+  if count == 1 or id > now + SECOND / 2 or math.floor(channel.tail / eighth) < math.floor(id / eighth) then
     local kept = text(math.ceil((channel.window + eighth) / 1000) + 1000)
     redis.call('PEXPIRE', messages, kept)
     redis.call('PEXPIRE', sizes, kept)
@@ -593,6 +593,9 @@ end
 local function resolve(key, given)
   if #given == 0 then
     refuse('INVALID', 'a publication names at least one channel')
+  end
+  if #given == 1 then
+    return given, {find_place(key, given[1])}
   end
   local distinct, names, found = {}, {}, {}
   for _, name in ipairs(given) do
@@ -656,7 +659,7 @@ local function put(key, work, names, found, once, data)
       places[name] = place
       changed[#changed + 1] = name
     end
-    local facts, prev = append(key, realm, name, place, known[name], now, id, message, #data)
+    local facts, prev = append(key, realm, name, place, known[name], now, id, written, message, #data)
     known[name] = facts
     told[#told + 1] = announcements(key, realm, name, place)
     told[#told + 1] = prev .. ' ' .. message
@@ -723,6 +726,11 @@ local function store(key, args)
   return {id, duplicate and 1 or 0, origin(realm)}
 end
 
+local function put_item(key, work, item)
+  local names, found = resolve(key, item.given)
+  return put(key, work, names, found, item.once, item.data)
+end
+
 -- SEEN, for each publication KEY-OR-EMPTY DATA COUNT CHANNEL [CHANNEL ...] -> {origin, for each its id, {id} if it is a
 -- duplicate, or `CODE SENTENCE`}. Several in order, of which one that is refused changes nothing for the others, for
 -- little more than the commands that store them.
@@ -749,10 +757,7 @@ local function store_all(key, args)
   local work = begin(key, args[1], names)
   local shown = {origin(work.realm)}
   for _, item in ipairs(items) do
-    local good, id, duplicate = pcall(function()
-      local distinct, found = resolve(key, item.given)
-      return put(key, work, distinct, found, item.once, item.data)
-    end)
+    local good, id, duplicate = pcall(put_item, key, work, item)
     if good then
       shown[#shown + 1] = duplicate and {id} or id
     else
