@@ -5,7 +5,7 @@ import gc
 import json
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from email.utils import parsedate_to_datetime
 from typing import Any, cast
 
@@ -999,6 +999,27 @@ async def test_the_time_starts_anew_after_an_answer() -> None:
         tick(server, 177)
 
         assert client.closing
+
+
+async def test_clients_that_ask_the_same_wait_as_one() -> None:
+    """And are each counted, answered, and free to leave."""
+    async with running() as server, AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(connected(server)) for _ in range(5)]
+        cursor = (await clients[0].get("/poll?channel=a&timeout=0")).json["next"]
+        for client in clients:
+            client.send(get(f"/poll?channel=a&start={cursor}"))
+        await parked(server, 5)
+        waiting = len(server.node._hub.waiting())
+        await clients[2].close()
+        await parked(server, 4)
+        id = await say(server, "a")
+
+        replies = [await client.reply() for client in clients[:2] + clients[3:]]
+
+        assert waiting == 2  # The first one was parsed, which makes an object of its own.
+        assert [[message["id"] for message in reply.json["messages"]] for reply in replies] == [[id]] * 4
+        answers = server.node.metrics.answers
+        assert (answers["message"], answers["gone"]) == (4, 1)
 
 
 async def test_who_asks_just_before_it_would_be_cut_is_not() -> None:
