@@ -122,7 +122,7 @@ def parse_head(data: bytes) -> Head:
         parser = head.feed(data)
     except httptools.HttpParserError:
         return head
-    if not head.complete:
+    if not head.complete or data.find(b"\r\n\r\n") + 4 != len(data):  # It takes line ends behind the head, too.
         return head
     version = parser.get_http_version()
     headers = dict(head.headers)

@@ -1,7 +1,7 @@
 """Which way a request goes, decided from its head alone."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pushup.head import HEADERS_MAX, Way, is_malformed, parse_head
@@ -347,6 +347,8 @@ _PIECES = [
         st.binary(max_size=50).map(lambda junk: head(b"GET /poll" + junk)),
     )
 )
+@example(b"GET / HTTP/1.0\r\n!:\r\n!:\r\n\r\n\r")
+@example(b"GET / HTTP/1.0\r\n\r\n\r\n\r\n")
 def test_nothing_makes_it_raise(data: bytes) -> None:
     """Any bytes go some way; only complete requests of one head go any but the web side's."""
     parsed = parse_head(data)
