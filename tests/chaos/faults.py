@@ -236,10 +236,15 @@ async def fail_over(scene: Scene, cluster: Cluster) -> None:
         await _blocking(killed.kill)
         scene.checker.lost(_now_id())
     await _until(lambda: _owner(cluster) is not None, f"another master took the place of {killed.name}")
+    successor, at = await _blocking(_owner, cluster), _now_id()
     await _ready(cluster)
     await _blocking(killed.restart)
     await _until(killed.follows, f"{killed.name} came back as a replica")
     await _ready(cluster)
+    owner = await _blocking(_owner, cluster)
+    if successor is None or owner is None or owner.name != successor.name:
+        # Two Sentinels may stand for election, and each have its way: a second server took over, unasked.
+        scene.checker.lost(at, _now_id())
 
 
 async def stall_master(scene: Scene, cluster: Cluster) -> None:
