@@ -589,21 +589,26 @@ local function append(key, realm, name, place, known, now, id, written, message,
   return channel, text(prev)
 end
 
+-- Each name once, in the order in which they come first.
+local function distinct(given)
+  local names, seen = {}, {}
+  for _, name in ipairs(given) do
+    if not seen[name] then
+      seen[name] = true
+      names[#names + 1] = name
+    end
+  end
+  return names
+end
+
 -- The channels that a publication names, each once, and what is made of their names.
 local function resolve(key, given)
   if #given == 0 then
     refuse('INVALID', 'a publication names at least one channel')
   end
-  if #given == 1 then
-    return given, {find_place(key, given[1])}
-  end
-  local distinct, names, found = {}, {}, {}
-  for _, name in ipairs(given) do
-    if not distinct[name] then
-      distinct[name] = true
-      names[#names + 1] = name
-      found[#names] = find_place(key, name)
-    end
+  local names, found = #given == 1 and given or distinct(given), {}
+  for at, name in ipairs(names) do
+    found[at] = find_place(key, name)
   end
   return names, found
 end
@@ -735,7 +740,7 @@ end
 -- duplicate, or `CODE SENTENCE`}. Several in order, of which one that is refused changes nothing for the others, for
 -- little more than the commands that store them.
 local function store_all(key, args)
-  local items, names, named = {}, {}, {}
+  local items, named = {}, {}
   local at = 2
   while args[at] do
     local last = at + 2 + whole(args[at + 2], 0)
@@ -743,14 +748,12 @@ local function store_all(key, args)
     for index = at + 3, last do
       local name = args[index] or refuse('INVALID', 'there are fewer channels than a count says')
       item.given[#item.given + 1] = name
-      if not named[name] then
-        named[name] = true
-        names[#names + 1] = name
-      end
+      named[#named + 1] = name
     end
     items[#items + 1] = item
     at = last + 1
   end
+  local names = distinct(named)
   if #names > NAMES_AT_ONCE then
     refuse('TOOLARGE', 'the publications of a call name at most ' .. NAMES_AT_ONCE .. ' channels')
   end

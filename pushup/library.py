@@ -39,11 +39,18 @@ from pushup.messages import (
 )
 
 SOURCE: Final = files("pushup").joinpath("library.lua").read_text()
+
+
+def _constant(name: str) -> int:
+    """A number that `library.lua` gives a name."""
+    return int(re.findall(rf"^local {name} = (\d+)$", SOURCE, re.MULTILINE)[0])
+
+
 LOAD: Final = ("FUNCTION", "LOAD", "REPLACE", SOURCE)
-VERSION: Final = int(re.findall(r"^local VERSION = (\d+)$", SOURCE, re.MULTILINE)[0])
+VERSION: Final = _constant("VERSION")
 """That of `library.lua`. A server with a lower one, or none, is given ours."""
 
-CHANNELS_AT_ONCE: Final = 1000
+CHANNELS_AT_ONCE: Final = _constant("NAMES_AT_ONCE")
 """So many channels one call may name."""
 
 Call = tuple[str | bytes | int, ...]

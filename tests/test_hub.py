@@ -790,22 +790,21 @@ def test_what_is_known_of_a_forgotten_channel_goes_at_once() -> None:
 # Polls that ask the same
 
 
-def company(hub: Hub, asked: Poll, count: int) -> tuple[Subscription, list[Owner]]:
-    """So many polls of known channels that are one subscription."""
+def company(asked: Poll, count: int) -> tuple[Hub, Subscription, list[Owner]]:
+    """So many polls that are one subscription, in a hub where their channels are known."""
+    hub = Hub()
+    known(hub, *asked.channels)
     owners = [Owner() for _ in range(count)]
     first = hub.park(asked, owners[0], asked.timeout)
     assert first is not None
     for owner in owners[1:]:
         assert hub.join(asked, owner, asked.timeout) is first
-    return first, owners
+    return hub, first, owners
 
 
 def test_polls_that_ask_the_same_are_one_subscription() -> None:
     """Its owner is all of theirs, in the order they came; each counts."""
-    hub = Hub()
-    known(hub, "a", "b")
-
-    subscription, owners = company(hub, poll("a", "b", start=5), 3)
+    hub, subscription, owners = company(poll("a", "b", start=5), 3)
     parked_before = hub.parked
     replies = hub.deliver("b", message(5, "b"), 0, 0.0)
 
@@ -838,19 +837,15 @@ def test_owners_in_company_are_all_told() -> None:
 
 def test_an_equal_poll_is_not_the_same() -> None:
     """That it is the very same object is what makes it cheap."""
-    hub = Hub()
-    known(hub, "a")
-    company(hub, poll("a", start=5), 1)
+    hub, _, _ = company(poll("a", start=5), 1)
 
     assert hub.join(poll("a", start=5), Owner(), 0.0) is None
 
 
 def test_nobody_joins_what_ends_too_early() -> None:
     """Not even by less than a tick of the clock."""
-    hub = Hub()
-    known(hub, "a")
     asked = poll("a", start=5, timeout=30.0)
-    subscription, _ = company(hub, asked, 1)
+    hub, subscription, _ = company(asked, 1)
 
     assert hub.join(asked, Owner(), 30.0 + 0.1 / TICKS_PER_SECOND) is None
     assert hub.join(asked, Owner(), 30.0) is subscription
@@ -858,19 +853,15 @@ def test_nobody_joins_what_ends_too_early() -> None:
 
 def test_a_company_is_bounded() -> None:
     """Or thousands would end together, whatever the jitter."""
-    hub = Hub()
-    known(hub, "a")
     asked = poll("a", start=5)
-    company(hub, asked, COMPANY_MAX)
+    hub, _, _ = company(asked, COMPANY_MAX)
 
     assert hub.join(asked, Owner(), 0.0) is None
 
 
 def test_nobody_joins_what_has_been_answered() -> None:
-    hub = Hub()
-    known(hub, "a")
     asked = poll("a", start=5)
-    company(hub, asked, 2)
+    hub, _, _ = company(asked, 2)
 
     hub.deliver("a", message(7, "a"), 0, 0.0)
 
@@ -880,10 +871,8 @@ def test_nobody_joins_what_has_been_answered() -> None:
 
 def test_nobody_joins_what_waits_for_a_read() -> None:
     """A poll that comes later may need more read than was wanted."""
-    hub = Hub()
-    known(hub, "a")
     asked = poll("a", start=5)
-    company(hub, asked, 2)
+    hub, _, _ = company(asked, 2)
 
     hub.doubt(["a"])
 
@@ -920,9 +909,7 @@ def test_who_asks_for_the_latest_does_not_join_what_is_held_back() -> None:
 
 def test_one_of_a_company_leaves() -> None:
     """The others wait on. When the last has left, nothing is left of it."""
-    hub = Hub()
-    known(hub, "a")
-    subscription, (first, second, third) = company(hub, poll("a", start=5), 3)
+    hub, subscription, (first, second, third) = company(poll("a", start=5), 3)
 
     assert hub.leave(subscription, second, 0.0) is True
     assert hub.leave(subscription, second, 0.0) is False
@@ -934,19 +921,16 @@ def test_one_of_a_company_leaves() -> None:
 
 
 def test_a_company_is_counted_by_its_polls() -> None:
-    hub = Hub()
-    known(hub, "a", "b")
+    hub, _, _ = company(poll("a", start=5), 3)
+    known(hub, "b")
     parked(hub, "b", start=5)
-    company(hub, poll("a", start=5), 3)
 
     assert hub.busiest(1)[0] == ("a", 3, 0)
     assert hub.parked == 4
 
 
 def test_the_time_of_a_company_is_up() -> None:
-    hub = Hub()
-    known(hub, "a")
-    subscription, _ = company(hub, poll("a", start=5), 3)
+    hub, subscription, _ = company(poll("a", start=5), 3)
 
     replies = hub.expire(30.0)
 

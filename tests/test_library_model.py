@@ -21,6 +21,7 @@ from pushup.library import (
     SOURCE,
     Library,
     NotExecuted,
+    Stored,
     parse_histories,
     parse_info,
     parse_message,
@@ -244,7 +245,7 @@ class Both(RuleBasedStateMachine):
         assert self.memory._bytes <= self.highest
 
 
-def _give(result: tuple[Receipt, str] | PushUpError) -> Receipt:
+def _give(result: Stored | PushUpError) -> Receipt:
     """A receipt. Raises the error instead."""
     if isinstance(result, PushUpError):
         raise result

@@ -9,7 +9,7 @@ from loadtest.direct import (
     LeastFunction,
     LeastFunctionForMany,
     RedisFunction,
-    RedisFunctionForOne,
+    RedisFunctionForMany,
     by_pipeline,
     encode,
     measure,
@@ -27,7 +27,7 @@ def test_a_command_is_encoded_as_redis_reads_it() -> None:
     assert encode(("ZADD", "z", 12, b"\x00\n")) == b"*4\r\n$4\r\nZADD\r\n$1\r\nz\r\n$2\r\n12\r\n$2\r\n\x00\n\r\n"
 
 
-@pytest.mark.parametrize("kind", [BareRedis, LeastFunction, LeastFunctionForMany, RedisFunction, RedisFunctionForOne])
+@pytest.mark.parametrize("kind", [BareRedis, LeastFunction, LeastFunctionForMany, RedisFunction, RedisFunctionForMany])
 def test_publications_straight_into_redis_are_counted_and_timed(kind: type[BareRedis]) -> None:
     steps: list[None] = []
     try:
@@ -54,7 +54,7 @@ def test_an_error_of_redis_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         by_pipeline(server, [[("a", b"x")]])()
 
 
-@pytest.mark.parametrize("kind", [RedisFunction, RedisFunctionForOne])
+@pytest.mark.parametrize("kind", [RedisFunction, RedisFunctionForMany])
 def test_a_refused_publication_fails(kind: type[RedisFunction]) -> None:
     try:
         kind.versions()
